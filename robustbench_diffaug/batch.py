@@ -1,0 +1,107 @@
+"""What passes through the engine: limits, a batch of images, a view of it; and networks called in one shape.
+
+Images are `[0, 1]`, and `sigma` is the standard deviation of noise in the same units, everywhere.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from robustbench_diffaug import rng
+
+__all__ = ["Batch", "Columns", "Limits", "View", "fixed_shape"]
+
+Columns: TypeAlias = Mapping[str, Shaped[Tensor, "b ..."]]
+"""Named per-sample values; the first axis is the sample."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much at a time and where; never changes what is recorded.
+
+    Arguments:
+        batch: Samples read together.
+        budget: Images that an evaluator may hold at once.
+        device: 'cpu', 'cuda' or 'cuda:N'.
+    """
+
+    batch: int = 64
+    budget: int = 512
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples of one dataset.
+
+    Arguments:
+        dataset: The dataset's name.
+        ids: Stable names of the samples, not positions.
+        images: In [0, 1].
+        labels: The class, -1 for none.
+        seed: The suite's seed.
+        limits: How much at a time and where.
+    """
+
+    dataset: str
+    ids: tuple[str, ...]
+    images: Float[Tensor, "b c h w"]
+    labels: Int[Tensor, " b"]
+    seed: int
+    limits: Limits
+
+    def noise(self, stream: str, draws: range) -> Iterator[Float[Tensor, "b d c h w"]]:
+        """Standard normal draws of each sample, in chunks of at most `limits.budget` images.
+
+        A draw is a function of (seed, stream, dataset, sample id, index) and of nothing else: not of the checkpoint,
+        the batch, the chunk, the process or the device.
+        """
+        keys = self._keys(stream)
+        step = max(1, self.limits.budget // len(keys))
+        shape = tuple(self.images.shape[1:])
+        for start in range(draws.start, draws.stop, step):
+            chunk = range(start, min(start + step, draws.stop))
+            values = np.stack([rng.normal(key, chunk, shape) for key in keys])
+            yield torch.from_numpy(values).to(self.images.device)
+
+    def uniform(self, stream: str, draw: int = 0) -> Float[Tensor, " b"]:
+        """One uniform on (0, 1) of each sample, float64."""
+        values = np.array([rng.uniform(key, range(draw, draw + 1), (1,))[0, 0] for key in self._keys(stream)])
+        return torch.from_numpy(values).to(self.images.device)
+
+    def _keys(self, stream: str) -> list[int]:
+        return [rng.key(self.seed, stream, self.dataset, id) for id in self.ids]
+
+
+@dataclass(frozen=True)
+class View:
+    """Images to show to every checkpoint.
+
+    Arguments:
+        name: 'clean', 't=50', 'select', 'estimate', ...
+        images: `d` draws of each sample, in [0, 1]; a plain view has one.
+    """
+
+    name: str
+    images: Float[Tensor, "b d c h w"]
+
+
+def fixed_shape(
+    network: Callable[[Float[Tensor, "size ..."]], Float[Tensor, "size ..."]], inputs: Float[Tensor, "n ..."], size: int
+) -> Float[Tensor, "n ..."]:
+    """Calls a network on `size` rows at a time, the last chunk padded with zeros.
+
+    A row of a batch is not bitwise the row alone in PyTorch: kernels are chosen by shape. In one shape it is, so no
+    result depends on the rows beside it.
+    """
+    outputs = []
+    for chunk in inputs.split(size):
+        missing = size - len(chunk)
+        padded = torch.cat([chunk, chunk.new_zeros(missing, *chunk.shape[1:])]) if missing else chunk
+        outputs.append(network(padded)[: len(chunk)])
+    return torch.cat(outputs)

@@ -1,0 +1,217 @@
+"""The command `rdiff`. Nothing heavy is imported before a command needs it."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from robustbench_diffaug.engine import Outcome, Task
+    from robustbench_diffaug.runs import Finished, Options
+    from robustbench_diffaug.suite import Loaded
+
+__all__ = ["main"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+FILE = click.Path(path_type=Path)
+
+
+def _flag(*names: str, **more: Any) -> Callable[[F], F]:
+    """An option that is also the environment variable RDIFF_<NAME>."""
+    variable = "RDIFF_" + names[0].removeprefix("--").replace("-", "_").upper()
+    return click.option(*names, envvar=variable, show_default=True, **more)
+
+
+def _flags(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+SUITE_FLAGS = _flags(
+    _flag("--with", "extra", type=FILE, multiple=True, help="A YAML file with more checkpoint entries."),
+    _flag("--set", "settings", multiple=True, metavar="A.B=VALUE", help="Replaces a value of the suite."),
+    _flag("--limit", "-L", type=click.IntRange(1), help="At most so many samples of each dataset."),
+    _flag("--seed", type=click.IntRange(0), help="Of all noise, instead of the suite's."),
+    _flag("--data-dir", type=FILE, help="Where relative paths of datasets start."),
+    _flag("--trust", is_flag=True, help="Lets the suite name code of yours, which then runs."),
+    _flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error."),
+)
+RUN_FLAGS = _flags(
+    _flag("--output", "-o", type=FILE, help="The run folder; default reports/<suite name>."),
+    _flag("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
+    _flag("--batch-size", "-b", type=click.IntRange(1), default=128, help="Samples read together; changes no result."),
+    _flag("--executor", type=click.Choice(["local", "processes"]), help="Default: processes if --workers is above 1."),
+    _flag("--workers", type=click.IntRange(1, 256), default=1, help="Processes."),
+)
+
+
+@click.group(
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    }
+)
+@click.version_option(package_name="robustbench-diffaug", prog_name="rdiff")
+def cli() -> None:
+    """Measures how robust image classifiers are, and proves it.
+
+    SUITE is the path of a YAML file or the name of a built-in suite (see `rdiff ls suites`).
+    Every flag can also be given as an environment variable, RDIFF_<FLAG>.
+    """
+
+
+@cli.command()
+@click.argument("suite")
+@SUITE_FLAGS
+@RUN_FLAGS
+@_flag("--quiet", "-q", is_flag=True, help="Shows no progress.")
+def run(suite: str, quiet: bool, **flags: Any) -> int:
+    """Runs what is missing of SUITE, then writes metrics and the report."""
+    from robustbench_diffaug import runs, terminal
+
+    loaded = _load(suite, flags)
+    options = _options(loaded, flags)
+    with terminal.progress(quiet) as shown:
+        done = runs.execute(loaded, options, shown.announce, shown.advance)
+    for line in terminal.board(done):
+        click.echo(line)
+    if not done.computed:
+        click.echo("nothing was left to do", err=True)
+    for failure in done.failures:
+        place = f"{failure['bench']} / {failure['checkpoint']} / {failure['dataset']}"
+        click.echo(f"failed: {place}: {failure['reason']}", err=True)
+    click.echo(f"report  {done.root / 'index.html'}")
+    click.echo(f"digest  {done.digest}")
+    return 1 if done.failures else 0
+
+
+@cli.command()
+@click.argument("suite")
+@SUITE_FLAGS
+@RUN_FLAGS
+def plan(suite: str, **flags: Any) -> int:
+    """Shows what `run` would do: cells, network forwards, what is there already, and the radii within reach."""
+    from robustbench_diffaug import runs, terminal
+
+    loaded = _load(suite, flags)
+    options = _options(loaded, flags)
+    runs.own(options.root, loaded.suite)
+    for line in terminal.plan(loaded.suite, runs.tasks_of(loaded, options), options):
+        click.echo(line)
+    return 0
+
+
+@cli.command()
+@click.argument("suite")
+@SUITE_FLAGS
+def validate(suite: str, **flags: Any) -> int:
+    """Reads and checks SUITE, its files and their digests, without running it."""
+    from robustbench_diffaug import suite as suites
+
+    loaded = _load(suite, flags)
+    for warning in suites.check(loaded):
+        click.echo(f"warning: {warning}", err=True)
+    found = loaded.suite
+    parts = sum(len(bench.parts()) for bench in found.benches)
+    counts = f"{len(found.checkpoints)} checkpoints, {len(found.benches)} benches, {parts} datasets"
+    click.echo(f"suite {found.name} is sound: {counts}, digest {found.digest}")
+    return 0
+
+
+@cli.command()
+@click.argument("recipe")
+@_flag("--output", "-o", type=FILE, help="Where the results go; default trained/<recipe name>.")
+@_flag("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@_flag("--data-dir", type=FILE, help="Where relative paths of datasets start.")
+@_flag("--trust", is_flag=True, help="Lets the recipe name code of yours, which then runs.")
+@_flag("--quiet", "-q", is_flag=True, help="Shows no progress.")
+@_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
+def train(recipe: str, output: Path | None, device: str, quiet: bool, **flags: Any) -> int:
+    """Trains the classifier or denoiser of RECIPE, a YAML file or the name of a built-in one; continues if stopped."""
+    from robustbench_diffaug import engine, suite, terminal
+    from robustbench_diffaug.train import output as training
+
+    path, installed = suite.locate(recipe, "recipes")
+    found = training.load(path, trust=flags["trust"] or installed, data_dir=flags["data_dir"])
+    folder = output or Path("trained", found.name)
+    device = _device(device)
+    engine.settle(device)
+    with terminal.training(found, quiet) as show:
+        for step in training.run(found, folder, device):
+            show(step)
+    click.echo(f"weights  {folder}")
+    click.echo(f"entry    {folder / (found.name + '.yaml')}")
+    return 0
+
+
+@cli.command()
+@click.argument("what", type=click.Choice(["checkpoints", "denoisers", "datasets", "evaluators", "suites", "recipes"]))
+@_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
+def ls(what: str, verbose: bool) -> int:
+    """Lists what is installed: kinds and where they come from, built-in suites, recipes and trained networks."""
+    from robustbench_diffaug import listing
+
+    for line in listing.lines(what):
+        click.echo(line)
+    return 0
+
+
+def _load(suite: str, flags: dict[str, Any]) -> "Loaded":
+    from robustbench_diffaug.suite import load
+
+    names = ("trust", "settings", "extra", "limit", "seed", "data_dir")
+    return load(suite, **{name: flags[name] for name in names})
+
+
+def _options(loaded: "Loaded", flags: dict[str, Any]) -> "Options":
+    from robustbench_diffaug.runs import Options
+
+    if flags["executor"] == "local" and flags["workers"] > 1:
+        raise ValueError("--executor local has one worker; use --executor processes")
+    root = flags["output"] or Path("reports", loaded.suite.name)
+    workers = flags["workers"] if flags["executor"] != "processes" else max(2, flags["workers"])
+    return Options(root, _device(flags["device"]), flags["batch_size"], workers, flags["trust"])
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ValueError(f"--device {name}: needed is auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"--device {name}: there is no such GPU; use --device cpu")
+    return name
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command and exits: 0 all done, 1 some cells failed, 2 bad input, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    verbose = bool({"--verbose", "-v"} & set(words)) or os.environ.get("RDIFF_VERBOSE") == "1"
+    try:
+        code = cli.main(words, prog_name="rdiff", standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+    except KeyboardInterrupt:
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (ValueError, OSError) as error:
+        if verbose:
+            raise
+        click.echo(f"rdiff: {' '.join(str(error).split())}", err=True)
+        code = 2
+    if code == 130:
+        click.echo("rdiff: interrupted; what is finished is kept, run again to continue", err=True)
+    sys.exit(code or 0)

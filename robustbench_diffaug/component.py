@@ -1,0 +1,178 @@
+"""Everything a suite names is a `Component`: a frozen value whose fields are its YAML, found by its `kind`."""
+
+import json
+from abc import ABC
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from difflib import get_close_matches
+from functools import cache
+from hashlib import blake2b
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from inspect import isabstract
+from typing import Annotated, Any, ClassVar, TypeVar, cast
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    PlainSerializer,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+__all__ = ["Component", "Options", "Outside", "Value", "digest_of", "find", "kinds", "suggest", "trusting"]
+
+
+class Outside:
+    """Marks a field on which records do not depend: `alpha: Annotated[float, Outside] = 0.001`."""
+
+
+def _freeze(value: object) -> object:
+    if isinstance(value, Mapping):
+        return tuple(sorted((str(k), _freeze(v)) for k, v in value.items()))
+    return tuple(_freeze(v) for v in value) if isinstance(value, list) else value
+
+
+Options = Annotated[
+    tuple[tuple[str, Any], ...], BeforeValidator(_freeze), PlainSerializer(lambda pairs: dict(pairs), return_type=dict)
+]
+"""Keyword arguments of a library's constructor; a mapping in YAML, sorted pairs in the value, so that it is hashable."""
+
+_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
+
+
+@contextmanager
+def trusting(trust: bool) -> Iterator[None]:
+    """Within it, suites may (or may not) name kinds that run code of the user's."""
+    token = _trusted.set(trust)
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
+
+
+def suggest(word: str, known: list[str]) -> str:
+    """'; did you mean X?', or the list of what there is where nothing is near."""
+    near = get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}" if known else ""
+
+
+def digest_of(value: object, size: int = 8) -> str:
+    """BLAKE2b of a JSON value, in hexadecimal, `2 * size` characters long."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return blake2b(text.encode(), digest_size=size).hexdigest()
+
+
+def _identity(value: object) -> object:
+    if isinstance(value, Value):
+        return value.identity()
+    if isinstance(value, tuple | list):
+        return [_identity(item) for item in value]
+    return value
+
+
+class Value(BaseModel):
+    """A frozen, hashable group of fields that knows what of it records depend on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        """Names an unknown key itself, since pydantic cannot say what was meant."""
+        if isinstance(data, Mapping) and not isabstract(cls):
+            for key in data:
+                if key not in cls.model_fields:
+                    known = [name for name in cls.model_fields if name != "kind"]
+                    message = f"unknown key {key!r}{suggest(str(key), known)}"
+                    raise PydanticCustomError("unknown_key", "{message}", {"message": message, "key": str(key)})
+        return data
+
+    def contents(self) -> str:
+        """A digest of what the value names but does not hold, such as a file. Default: nothing."""
+        return ""
+
+    def identity(self) -> dict[str, object]:
+        """What records depend on: the contents, and all fields, recursively, but those marked `Outside`."""
+        fields = type(self).model_fields.items()
+        kept = {name: _identity(getattr(self, name)) for name, field in fields if Outside not in field.metadata}
+        contents = self.contents()
+        return {**kept, "contents": contents} if contents else kept
+
+
+class Component(Value, ABC):
+    """A frozen, hashable value with behaviour, and an open family of kinds.
+
+    Validating a mapping against an abstract family resolves its `kind` through the family's entry points, so
+    `datasets: tuple[Dataset, ...]` in a pydantic model is the whole plug-in mechanism.
+    """
+
+    family: ClassVar[str]
+    version: ClassVar[int] = 1
+    """Bumped when equal fields would now give other records."""
+    runs_code: ClassVar[bool] = False
+    """Whether its YAML names code; such kinds need `--trust` or a suite that is installed with the package."""
+    kind: str
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with the identity."""
+        return digest_of([self.version, self.identity()])
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _resolve(cls, data: Any, handler: ModelWrapValidatorHandler["Component"], info: ValidationInfo) -> "Component":
+        if not (isinstance(data, Mapping) and isabstract(cls)):
+            return handler(data)
+        kind = data.get("kind")
+        if not isinstance(kind, str):
+            noun = _noun(cls)
+            raise ValueError(f"a {noun} needs a kind, one of {', '.join(kinds(cls))}")
+        found = find(cls, kind)
+        if (found.runs_code or ":" in kind) and not _trusted.get():
+            raise ValueError(f"kind {kind} runs code that this file names; if you trust it, add --trust")
+        return found.model_validate({**data, "kind": found.model_fields["kind"].default}, context=info.context)
+
+
+C = TypeVar("C", bound=Component)
+
+
+def _noun(family: type[Component]) -> str:
+    return family.family.rpartition(".")[2].removesuffix("s")
+
+
+@cache
+def kinds(family: type[Component]) -> dict[str, EntryPoint]:
+    """The installed kinds of a family by name, without importing any of them."""
+    return {point.name: point for point in sorted(entry_points(group=family.family), key=lambda point: point.name)}
+
+
+def find(family: type[C], kind: str) -> type[C]:
+    """The class called `kind`: an entry point of the family's group, or a path 'package.module:Class'.
+
+    Raises:
+        ValueError: If there is none, or it is not of the family; the message names what is near.
+    """
+    if ":" in kind:
+        if not _trusted.get():
+            raise ValueError(f"kind {kind} runs code that this file names; if you trust it, add --trust")
+        module, _, name = kind.partition(":")
+        try:
+            found = getattr(import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"kind {kind} cannot be imported: {error}") from error
+    else:
+        known = kinds(family)
+        if kind not in known:
+            raise ValueError(f"no {_noun(family)} is called {kind!r}{suggest(kind, list(known))}")
+        try:
+            found = known[kind].load()
+        except ImportError as error:
+            raise ValueError(f"the plug-in {kind} ({known[kind].value}) cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, family)):
+        raise ValueError(f"{kind} is not a {_noun(family)}")
+    return cast(type[C], found)

@@ -1,0 +1,1 @@
+"""Images with labels: what checkpoints are shown."""

@@ -1,0 +1,107 @@
+"""The family of datasets: named images with labels, of which a suite may declare a subset."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from robustbench_diffaug.component import Component
+from robustbench_diffaug.records import Declared
+
+__all__ = ["Dataset", "Images", "in_memory"]
+
+Read = Callable[[Sequence[int]], tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]]
+
+
+@dataclass(frozen=True)
+class Images:
+    """An opened dataset, whole.
+
+    Arguments:
+        ids: A stable name of each image.
+        read: Images in [0, 1] and labels at some positions.
+    """
+
+    ids: Sequence[str]
+    read: Read
+
+
+def in_memory(ids: Sequence[str], images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> Images:
+    """Images that are held as tensors."""
+
+    def read(rows: Sequence[int]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]:
+        index = torch.as_tensor(list(rows))
+        return images[index], labels[index]
+
+    return Images(ids, read)
+
+
+class Dataset(Component, ABC):
+    """Named images with labels.
+
+    Arguments:
+        name: Shown in reports, and part of the key of every noise draw.
+        group: What metrics group by; the name where it is left out.
+        origin: The dataset whose images these are versions of, so that intervals count an image once.
+        severity: Of a corruption, 1 to 5; 0 for none.
+        every: Takes each `every`-th image, from the first.
+        limit: At most so many of them.
+    """
+
+    family: ClassVar[str] = "robustbench_diffaug.datasets"
+    name: str = Field(min_length=1)
+    group: str = ""
+    origin: str = ""
+    severity: NonNegativeInt = 0
+    every: PositiveInt = 1
+    limit: PositiveInt | None = None
+
+    def parts(self) -> tuple["Dataset", ...]:
+        """The datasets that an entry stands for. Default: itself; a grid of corruptions has many."""
+        return (self,)
+
+    @abstractmethod
+    def contents(self) -> str:
+        """A digest of the data."""
+
+    @abstractmethod
+    def open(self) -> Images:
+        """The whole dataset, before the subset is taken.
+
+        Raises:
+            ValueError: If the files are not there or not of the right form.
+        """
+
+    @final
+    def opened(self) -> Images:
+        """What `open` gives, opened once per process."""
+        return _opened(self)
+
+    @final
+    def available(self) -> int:
+        """The number of images before the subset is taken."""
+        return len(self.opened().ids)
+
+    @final
+    def rows(self) -> range:
+        """The positions of the declared subset."""
+        rows = range(0, self.available(), self.every)
+        return rows if self.limit is None else rows[: self.limit]
+
+
+    @final
+    def declared(self) -> Declared:
+        """What records say of it."""
+        origin, group = self.origin or self.name, self.group or self.name
+        return Declared(self.name, origin, group, self.severity, len(self.rows()), self.available())
+
+
+@lru_cache(maxsize=32)
+def _opened(dataset: Dataset) -> Images:
+    return dataset.open()

@@ -1,0 +1,102 @@
+"""The published severities of the common corruptions: ImageNet-C's, and CIFAR-10-C's gentler ones for 32 px images.
+
+References:
+    Benchmarking Neural Network Robustness to Common Corruptions and Perturbations (Hendrycks and Dietterich,
+    ICLR 2019), https://arxiv.org/abs/1903.12261
+    imagenet-c: https://github.com/hendrycks/robustness, ImageNet-C/imagenet_c/imagenet_c/corruptions.py
+    cifar-c: https://github.com/hendrycks/robustness, ImageNet-C/create_c/make_cifar_c.py
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+__all__ = ["CONSTANTS"]
+
+# What one severity's numbers mean; lengths are in pixels, strengths on the [0, 1] scale of the images.
+#   gaussian_noise     standard deviation
+#   shot_noise         photons counted at white
+#   impulse_noise      share of values replaced
+#   defocus_blur       radius of the disk, sigma of its smoothing
+#   glass_blur         sigma, greatest shift, rounds of shifting
+#   motion_blur        radius, sigma
+#   zoom_blur          start, stop and step of the zoom factors, as in numpy.arange
+#   snow               mean, standard deviation, zoom, threshold, radius and sigma of motion blur, share of the image
+#   fog                strength, decay of the fractal's wobble from one scale to the next
+#   brightness         what is added to the HSV value
+#   contrast           factor on the distance from the mean
+#   elastic_transform  strength, sigma, greatest shift of corners, as shares of the shorter side
+#   pixelate           factor on the side
+#   jpeg_compression   quality
+#   speckle_noise      standard deviation, relative to the value
+#   gaussian_blur      sigma
+#   saturate           factor on the HSV saturation, what is added to it
+IMAGENET_C: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "gaussian_noise": (0.08, 0.12, 0.18, 0.26, 0.38),
+        "shot_noise": (60, 25, 12, 5, 3),
+        "impulse_noise": (0.03, 0.06, 0.09, 0.17, 0.27),
+        "defocus_blur": ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
+        "glass_blur": ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
+        "motion_blur": ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
+        "zoom_blur": ((1, 1.11, 0.01), (1, 1.16, 0.01), (1, 1.21, 0.02), (1, 1.26, 0.02), (1, 1.31, 0.03)),
+        "snow": (
+            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+            (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+            (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
+        ),
+        "fog": ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
+        "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),
+        "contrast": (0.4, 0.3, 0.2, 0.1, 0.05),
+        # Published as these shares of 244 px, though the images are 224 px wide; kept, as the data set was made so.
+        "elastic_transform": tuple(
+            tuple(share * 244 / 224 for share in shares)
+            for shares in ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02))
+        ),
+        "pixelate": (0.6, 0.5, 0.4, 0.3, 0.25),
+        "jpeg_compression": (25, 18, 15, 10, 7),
+        "speckle_noise": (0.15, 0.2, 0.35, 0.45, 0.6),
+        "gaussian_blur": (1, 2, 3, 4, 6),
+        "saturate": ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
+    }
+)
+
+CIFAR_C: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),
+        "shot_noise": (500, 250, 100, 75, 50),
+        "impulse_noise": (0.01, 0.02, 0.03, 0.05, 0.07),
+        "defocus_blur": ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
+        "glass_blur": ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
+        "motion_blur": ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
+        "zoom_blur": ((1, 1.06, 0.01), (1, 1.11, 0.01), (1, 1.16, 0.01), (1, 1.21, 0.01), (1, 1.26, 0.01)),
+        "snow": (
+            (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
+            (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+            (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+            (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+            (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
+        ),
+        "fog": ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
+        "brightness": (0.05, 0.1, 0.15, 0.2, 0.3),
+        "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),
+        "elastic_transform": (
+            (0, 0, 0.08),
+            (0.05, 0.2, 0.07),
+            (0.08, 0.06, 0.06),
+            (0.1, 0.04, 0.05),
+            (0.1, 0.03, 0.03),
+        ),
+        "pixelate": (0.95, 0.9, 0.85, 0.75, 0.65),
+        "jpeg_compression": (80, 65, 58, 50, 40),
+        "speckle_noise": (0.06, 0.1, 0.12, 0.16, 0.2),
+        "gaussian_blur": (0.4, 0.6, 0.7, 0.8, 1),
+        "saturate": ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
+    }
+)
+
+CONSTANTS: Mapping[str, Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+    {"imagenet-c": IMAGENET_C, "cifar-c": CIFAR_C}
+)

@@ -1,0 +1,155 @@
+"""Diffusion models saved by diffusers (`UNet2DModel` and a DDPM schedule) as `D(x, sigma)`."""
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from robustbench_diffaug.batch import fixed_shape
+from robustbench_diffaug.component import Outside
+from robustbench_diffaug.diffusion.base import Denoise, Denoiser, Posterior, Schedule, Sigma
+from robustbench_diffaug.files import Location, Weights, existing
+
+__all__ = ["UNet", "as_denoise"]
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+CONFIG = "unet/config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+class UNet(Denoiser):
+    """A folder written by diffusers: `unet/` (config and safetensors) and `scheduler/`.
+
+    Arguments:
+        folder: Its path.
+        sha256: The digest that the weights must have; where it is left out, that of the file as it is counts.
+    """
+
+    kind: Literal["unet"] = "unet"
+    folder: Location
+    sha256: Annotated[str, Outside] = ""
+
+    def contents(self) -> str:
+        """SHA-256 over the digest of the weights and the two configurations."""
+        root = existing(self.folder)
+        digest = hashlib.sha256(self._weights().contents().encode())
+        for name in (CONFIG, SCHEDULER):
+            digest.update(_read(root, name))
+        return digest.hexdigest()
+
+    def sigmas(self) -> Float[np.ndarray, " t"]:
+        """The noise levels of the scheduler's configuration."""
+        return schedule_of(existing(self.folder)).sigmas()
+
+    def channels(self) -> int | None:
+        """The number of channels in the network's configuration."""
+        return int(json.loads(_read(existing(self.folder), CONFIG))["in_channels"])
+
+    def load(self, device: torch.device) -> Denoise:
+        """The network, in evaluation mode, without going through any hub."""
+        import robustbench_diffaug.torchvision_guard  # noqa: F401  # isort: skip
+        from diffusers import UNet2DModel
+        from safetensors.torch import load_file
+
+        root = existing(self.folder)
+        config = json.loads(_read(root, CONFIG))
+        network = UNet2DModel.from_config(config)
+        state = load_file(self._weights().check())
+        state = {name: value.float() for name, value in state.items()}
+        wrong = network.load_state_dict(state, strict=False)
+        if wrong.missing_keys or wrong.unexpected_keys:
+            named = (wrong.missing_keys + wrong.unexpected_keys)[0]
+            raise ValueError(f"{self.folder}: the weights do not fit unet/config.json, first at {named}")
+        return as_denoise(network.to(device), schedule_of(root), self.precision, self.clip, self.microbatch)
+
+    def _weights(self) -> Weights:
+        return Weights(uri=f"{self.folder}/{WEIGHTS}", sha256=self.sha256)
+
+
+def schedule_of(root: Path) -> Schedule:
+    """The schedule that diffusers' scheduler configuration describes.
+
+    Raises:
+        ValueError: If it is one that rdiff has no formula for.
+    """
+    config = json.loads(_read(root, SCHEDULER))
+    steps, betas = int(config["num_train_timesteps"]), config["beta_schedule"]
+    ends = (config["beta_start"] * steps, config["beta_end"] * steps)
+    if betas == "linear" and np.allclose(ends, (0.1, 20.0)):
+        return Schedule(betas="linear", steps=steps)
+    if betas == "squaredcos_cap_v2":
+        return Schedule(betas="cosine", steps=steps)
+    raise ValueError(f"{root / SCHEDULER}: beta_schedule {betas} with these ends is not supported; use linear or cosine")
+
+
+def _read(root: Path, name: str) -> bytes:
+    return existing(str(root / name)).read_bytes()
+
+
+@lru_cache(maxsize=16)
+def _tables(schedule: Schedule, device: torch.device) -> Float[Tensor, " t"]:
+    return torch.from_numpy(schedule.sigmas().copy()).to(device)
+
+
+def as_denoise(
+    network: nn.Module, schedule: Schedule, precision: str = "float32", clip: bool = True, microbatch: int | None = None
+) -> Denoise:
+    """A noise-predicting network of images in [-1, 1] as `D(x, sigma)` of images in [0, 1].
+
+    With `s = 2 sigma` and `z = 2 x - 1` the network sees `z / sqrt(1 + s^2)` at the time of `s`, predicts `eps`, and
+    the clean image is `z - s eps`. With two outputs a pixel the second half is the learned variance, passed on.
+
+    Arguments:
+        network: Called as `network(images, times)`; returns an object with `.sample`, as diffusers' do.
+        schedule: Its noise levels.
+        precision: Of its arithmetic.
+        clip: Whether the estimate is clamped to [0, 1].
+        microbatch: The one shape in which it is called; None calls it with what there is.
+    """
+    dtype: torch.dtype = getattr(torch, precision)
+    exact = torch.float64 if precision == "float64" else torch.float32  # of all but the network
+    network = network.eval().to(dtype=dtype, memory_format=torch.channels_last)
+    network.requires_grad_(False)
+
+    def denoise(noisy: Float[Tensor, "*n c h w"], sigma: Sigma) -> Posterior:
+        flat = noisy.reshape(-1, *noisy.shape[-3:])
+        levels = torch.as_tensor(sigma, dtype=torch.float64, device=flat.device)
+        levels = levels.expand(noisy.shape[:-3]).reshape(-1)
+        table = _tables(schedule, flat.device)
+        # A level may come through float32: what is within 1e-6 of a time's level is that time.
+        times = torch.searchsorted(table, levels * (1 - 1e-6)).clamp_(max=len(table) - 1)
+        doubled = (2 * levels).to(exact)[:, None, None, None]
+        signed = 2 * flat.to(exact) - 1
+        scaled = signed / (1 + doubled**2).sqrt()
+        # The time rides along as one more plane, so that one tensor passes through `fixed_shape`.
+        packed = torch.cat([scaled, times.to(exact)[:, None, None, None].expand(-1, 1, *scaled.shape[2:])], dim=1)
+
+        def call(rows: Tensor) -> Tensor:
+            images = rows[:, :-1].to(dtype=dtype, memory_format=torch.channels_last)
+            output: Tensor = network(images, rows[:, -1, 0, 0].round().long()).sample
+            return output.to(exact)
+
+        output = call(packed) if microbatch is None else fixed_shape(call, packed, microbatch)
+        channels = flat.shape[1]
+        clean = (signed - doubled * output[:, :channels] + 1) / 2
+        clean = clean.clamp(0, 1) if clip else clean
+        spread = output[:, channels:].reshape(noisy.shape).to(noisy.dtype) if output.shape[1] > channels else None
+        return Posterior(clean.reshape(noisy.shape).to(noisy.dtype), spread)
+
+    return denoise
+
+
+def save(folder: Path, network: Any, schedule: Schedule) -> None:
+    """Writes a network and its schedule the way diffusers does, weights in safetensors."""
+    from diffusers import DDPMScheduler
+
+    network.save_pretrained(folder / "unet", safe_serialization=True)
+    betas = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule.betas]
+    ends = {"beta_start": 0.1 / schedule.steps, "beta_end": 20 / schedule.steps}
+    DDPMScheduler(num_train_timesteps=schedule.steps, beta_schedule=betas, **ends).save_pretrained(folder / "scheduler")

@@ -1,0 +1,145 @@
+"""Files that users name: where they are, what they hold, and how results are written so that none is ever half there."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import IO, Annotated, Any
+
+from pydantic import AfterValidator, ValidationInfo
+
+from robustbench_diffaug.component import Outside, Value
+
+__all__ = ["BUNDLED", "DataLocation", "Location", "Weights", "atomic", "existing", "path_of", "sha256"]
+
+BUNDLED = "rdiff:"
+"""Prefix of files that are installed with the package: 'rdiff:zoo/resnet-standard.safetensors'."""
+
+
+def _against(key: str) -> AfterValidator:
+    def resolve(uri: str, info: ValidationInfo) -> str:
+        folder = (info.context or {}).get(key) or (info.context or {}).get("folder")
+        return uri if uri.startswith(BUNDLED) or folder is None else str(Path(folder, Path(uri).expanduser()))
+
+    return AfterValidator(resolve)
+
+
+Location = Annotated[str, _against("folder"), Outside]
+"""A path, relative to the suite's file, or `rdiff:...`. No part of an identity: the digest of what lies there is."""
+DataLocation = Annotated[str, _against("data"), Outside]
+"""A path, relative to `--data-dir`, or to the suite's file where that is not given."""
+
+
+def path_of(uri: str) -> Path:
+    """The path that a location means."""
+    if not uri.startswith(BUNDLED):
+        return Path(uri)
+    root = Path(str(files("robustbench_diffaug"))).resolve()
+    path = (root / uri.removeprefix(BUNDLED)).resolve()
+    if not path.is_relative_to(root):
+        raise ValueError(f"{uri} leads out of the package")
+    return path
+
+
+def existing(uri: str) -> Path:
+    """The path of a file or folder that is there.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    path = path_of(uri)
+    if not path.exists():
+        raise ValueError(f"there is no {uri}; check the path (relative ones start at the suite's folder)")
+    return path
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, computed once per process for a file that does not change."""
+    status = path.stat()
+    return _sha256(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, modified: int, size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[IO[Any]]:
+    """A binary file that appears under its name when the block ends, whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".part", delete=False) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).chmod(0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+class Weights(Value):
+    """A file of weights and the SHA-256 that it must have.
+
+    Arguments:
+        uri: Path of a safetensors file.
+        sha256: The digest, 64 hexadecimal digits; where it is left out, that of the file as it is counts.
+    """
+
+    uri: Location
+    sha256: Annotated[str, Outside] = ""
+
+    def contents(self) -> str:
+        """The digest: records depend on the weights, not on where they lie."""
+        return self.sha256 or sha256(existing(self.uri))
+
+    def check(self) -> Path:
+        """The path of the file, after its digest and its first bytes were checked.
+
+        Raises:
+            ValueError: If the file is missing, has another digest, or is no safetensors file.
+        """
+        path = existing(self.uri)
+        if not path.is_file():
+            raise ValueError(f"{self.uri} is a folder, not a file of weights")
+        found = sha256(path)
+        with path.open("rb") as file:
+            start = file.read(512)
+        reason = _not_safetensors(start, path.stat().st_size)
+        if reason:
+            raise ValueError(f"{self.uri} {reason}")
+        if self.sha256 and found != self.sha256.lower():
+            raise ValueError(
+                f"{self.uri} has sha256 {found}, not {self.sha256}: another or a damaged file; get the right one, "
+                "or write the new digest if the change is meant"
+            )
+        return path
+
+
+def _not_safetensors(start: bytes, size: int) -> str:
+    """What is wrong with a file that begins so; empty if it looks like safetensors."""
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is an HTML page, not weights (a download that failed?)"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the weights; run git lfs pull"
+    if start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")):
+        return (
+            "is a pickle (torch.save), which can run code when it is read; convert it once where you trust it, with "
+            "safetensors.torch.save_file(state_dict, path)"
+        )
+    if len(start) < 8:
+        return f"holds only {size} bytes, no weights"
+    header = int.from_bytes(start[:8], "little")
+    if start[8:9] != b"{" or header < 2:
+        return "is no safetensors file"
+    if 8 + header > size:
+        return f"is cut off: its header says {header} bytes and the file has {size}"
+    return ""

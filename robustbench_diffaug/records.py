@@ -1,0 +1,177 @@
+"""What evaluators leave behind: per-sample columns, and the metrics that are functions of them alone."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from math import nan
+from typing import Literal, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Shaped
+
+from robustbench_diffaug import rng
+from robustbench_diffaug.batch import Batch, Columns
+from robustbench_diffaug.stats import Estimate
+
+__all__ = ["INDEX", "Declared", "Metric", "Records", "from_table", "to_table"]
+
+Better: TypeAlias = Literal["higher", "lower"]
+
+INDEX = ("dataset", "origin", "group", "severity", "sample", "label", "image")
+"""Columns that every record has; `image` is BLAKE2b-64 of the pixels that were evaluated."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure with its interval.
+
+    Arguments:
+        name: 'accuracy/fog@s5', 'certified@0.50', ...
+        group: What of the bench it is about.
+        value: The figure; shares are fractions in [0, 1].
+        low: Lower end of its interval; NaN for a count, which has none.
+        high: Upper end.
+        n: Samples (images, where one image counts several times) it rests on.
+        n_available: Samples that the whole datasets have.
+        complete: Whether all declared samples were measured.
+        better: Which way is better.
+        unit: 'fraction', 'nats', 'pixels' (l2, of images in [0, 1]), 'count'.
+        headline: Whether it belongs on the leaderboard.
+    """
+
+    name: str
+    group: str
+    value: float
+    low: float = nan
+    high: float = nan
+    n: int = 0
+    n_available: int = 0
+    complete: bool = True
+    better: Better = "higher"
+    unit: str = "fraction"
+    headline: bool = False
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A dataset that a bench declares.
+
+    Arguments:
+        name: Of the dataset.
+        origin: The dataset whose images these are versions of; itself where they are nobody's.
+        group: What metrics group by.
+        severity: Of a corruption; 0 for none.
+        n: Samples of the declared subset.
+        n_available: Samples of the whole dataset.
+    """
+
+    name: str
+    origin: str
+    group: str
+    severity: int
+    n: int
+    n_available: int
+
+
+@dataclass(frozen=True)
+class Records:
+    """Rows of one checkpoint on the datasets of a bench, sorted by dataset and position.
+
+    Arguments:
+        columns: `INDEX` and the evaluator's own, read-only, the sample on the first axis.
+        declared: The datasets that there should be rows of.
+        seed: The suite's, to key resampling.
+    """
+
+    columns: Mapping[str, Shaped[np.ndarray, "n ..."]]
+    declared: tuple[Declared, ...]
+    seed: int = 0
+
+    def __getitem__(self, column: str) -> Shaped[np.ndarray, "n ..."]:
+        """A column."""
+        return self.columns[column]
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.columns["sample"]) if self.columns else 0
+
+    def of(self, keep: Callable[[Declared], bool]) -> "Records":
+        """The rows of the datasets that a predicate keeps."""
+        declared = tuple(dataset for dataset in self.declared if keep(dataset))
+        if not len(self):
+            return Records(self.columns, declared, self.seed)
+        mask = np.isin(self.columns["dataset"], [dataset.name for dataset in declared])
+        return Records({name: column[mask] for name, column in self.columns.items()}, declared, self.seed)
+
+    def clusters(self) -> Shaped[np.ndarray, " n"]:
+        """A name of the image behind each row: versions of one image are one cluster."""
+        joined = np.char.add(self.columns["origin"], "\x1f")
+        names: np.ndarray = np.char.add(joined, self.columns["sample"])
+        return names
+
+    def key(self, *parts: object) -> int:
+        """The stream for resampling these rows, the same for every checkpoint."""
+        return rng.key(self.seed, "bootstrap", *(dataset.name for dataset in self.declared), *parts)
+
+    def metric(
+        self,
+        name: str,
+        group: str,
+        estimate: Estimate,
+        better: Better = "higher",
+        unit: str = "fraction",
+        headline: bool = False,
+    ) -> Metric:
+        """A metric of these rows, with how many there are, could be and should be."""
+        origins = {dataset.origin: dataset.n_available for dataset in self.declared}  # a version of an image is no more
+        complete = len(self) == sum(dataset.n for dataset in self.declared)
+        return Metric(name, group, *estimate, sum(origins.values()), complete, better, unit, headline)
+
+
+def to_table(batch: Batch, declared: Declared, columns: Columns) -> pa.Table:
+    """The rows of one batch of a dataset.
+
+    Raises:
+        ValueError: If a column has not one row per sample.
+    """
+    count = len(batch.ids)
+    pixels = [blake2b(image.numpy().tobytes(), digest_size=8).hexdigest() for image in batch.images.cpu().contiguous()]
+    arrays: dict[str, pa.Array] = {
+        "dataset": pa.array([batch.dataset] * count),
+        "origin": pa.array([declared.origin] * count),
+        "group": pa.array([declared.group] * count),
+        "severity": pa.array([declared.severity] * count, pa.int8()),
+        "sample": pa.array(list(batch.ids)),
+        "label": pa.array(batch.labels.cpu().numpy(), pa.int32()),
+        "image": pa.array(pixels),
+    }
+    fields = [pa.field(name, array.type) for name, array in arrays.items()]
+    for name, column in columns.items():
+        values = column.detach().cpu().contiguous().numpy()
+        if len(values) != count:
+            raise ValueError(f"column {name} has {len(values)} rows for {count} samples")
+        flat = pa.array(values.reshape(-1))
+        size = values[0].size
+        arrays[name] = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, size)
+        shape = "x".join(map(str, values.shape[1:]))
+        fields.append(pa.field(name, arrays[name].type, metadata={"shape": shape} if shape else None))
+    return pa.Table.from_arrays(list(arrays.values()), schema=pa.schema(fields))
+
+
+def from_table(table: pa.Table) -> dict[str, Shaped[np.ndarray, "n ..."]]:
+    """The columns of a table as read-only arrays."""
+    columns = {}
+    for field in table.schema:
+        column = table[field.name].combine_chunks()
+        if pa.types.is_fixed_size_list(field.type):
+            shape = tuple(map(int, (field.metadata or {})[b"shape"].split(b"x")))
+            array = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), *shape)
+        elif pa.types.is_string(field.type):
+            array = np.array(column.to_pylist(), dtype=np.str_)
+        else:
+            array = column.to_numpy(zero_copy_only=False)
+        array = array.view()
+        array.setflags(write=False)
+        columns[field.name] = array
+    return columns

@@ -1,0 +1,197 @@
+"""Line charts as inline SVG: no text but numbers and axis labels of ours, so no name can harm or break them.
+
+Names of checkpoints stay in the page's HTML, next to the `swatch` of their line. Colours are CSS variables of the page
+(`--series-0` ... `--series-6`, `--paper`) and `currentColor`, so one chart serves light, dark and print. The same input
+gives the same bytes.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from html import escape
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Axis", "Line", "chart", "swatch"]
+
+SERIES = 7  # colours of the page; with markers and dashes, of which there are 5 and 4, 140 lines look different
+MARKERS = "os^Dv"
+DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
+
+# Matplotlib has no CSS variables: each of these stands for one until the SVG is text.
+INK, PAPER = "#010203", "#010204"
+STANDINS = {INK: "currentColor", PAPER: "var(--paper)"} | {
+    f"#0102{0x10 + series:02x}": f"var(--series-{series})" for series in range(SERIES)
+}
+
+CLEANING = (  # what an element inside HTML does not need, or what would act on the whole page
+    (r"<style.*?</style>|<!--.*?-->", ""),
+    (r"<defs>\s*</defs>", ""),
+    (r' id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|[xy]tick|FillBetween\w+)_\d+"', ""),
+    (r' transform="rotate\(-0 [^"]*"', ""),
+    (r"font-family: [^;]*; ", ""),
+    (r"xlink:href", "href"),
+    (r"(\d\.\d\d)\d+", r"\1"),  # of a pixel
+    (r"\s*\n\s*", " "),
+    (r"> <", "><"),
+)
+
+
+class Line(NamedTuple):
+    """One checkpoint's curve.
+
+    Attributes:
+        x: Where it was measured, increasing, of shape (p,).
+        y: The values, of shape (p,); NaN where it is missing.
+        low: Lower ends of the intervals, of shape (p,); NaN where there is none.
+        high: Upper ends.
+        style: The number of the checkpoint, which decides colour, marker and dashes.
+    """
+
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    style: int
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Matplotlib as it comes, whatever the user's matplotlibrc says, but for what the page needs."""
+    import matplotlib  # heavy: half a second
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        ours: dict[Any, Any] = {
+            "axes.edgecolor": INK,
+            "axes.labelcolor": INK,
+            "axes.linewidth": 0.6,
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "font.size": 10.5,
+            "svg.fonttype": "none",  # text stays text: it takes the page's font, and can be searched and read out
+            "svg.hashsalt": "rdiff",
+            "text.color": INK,
+            "text.parse_math": False,
+            "xtick.color": INK,
+            "ytick.color": INK,
+        }
+        matplotlib.rcParams.update(ours)
+        yield
+
+
+class Drawing(NamedTuple):
+    """What an SVG element holds, and its viewBox."""
+
+    box: str
+    text: str
+
+
+def _inline(figure: "Figure", prefix: str) -> Drawing:
+    """The figure as the inside of an SVG element for an HTML page, its ids made unique by `prefix`."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    found = re.search(r'viewBox="([^"]+)".*?</metadata>(.*)</svg>', buffer.getvalue(), re.DOTALL)
+    assert found is not None, "matplotlib wrote an SVG of another form"
+    box, text = found[1], found[2]
+    for pattern, replacement in CLEANING:
+        text = re.sub(pattern, replacement, text, flags=re.DOTALL)
+    text = re.sub(r'( id="|href="#|url\(#)', rf"\1{prefix}-", text)
+    for standin, colour in STANDINS.items():
+        text = text.replace(standin, colour)
+    return Drawing(box, text.strip())
+
+
+def _look(style: int) -> dict[str, Any]:
+    """How matplotlib draws the line of checkpoint number `style`."""
+    colour = list(STANDINS)[2 + style % SERIES]
+    return {
+        "color": colour,
+        "linestyle": DASHES[style % len(DASHES)],
+        "linewidth": 1.6,
+        "marker": MARKERS[style % len(MARKERS)],
+        "markersize": 4.6,
+        "markeredgecolor": PAPER,
+        "markeredgewidth": 0.6,
+    }
+
+
+def _draw(axes: "Axes", line: Line, axis: "Axis") -> None:
+    """The curve and its band; between radii a certified accuracy is at least that of the larger one, hence steps."""
+    look = _look(line.style)
+    low, high = line.low * axis.scale, line.high * axis.scale
+    finite = (np.isfinite(low) & np.isfinite(high)).tolist()
+    step: Literal["pre"] | None = "pre" if axis.step else None
+    axes.fill_between(line.x, low, high, where=finite, step=step, color=look["color"], alpha=0.14, linewidth=0)
+    axes.plot(line.x, line.y * axis.scale, drawstyle="steps-pre" if axis.step else "default", clip_on=False, **look)
+
+
+class Axis(NamedTuple):
+    """How a chart is laid out.
+
+    Attributes:
+        across: The label of the horizontal axis.
+        scale: What values are multiplied by: 100 for percent.
+        top: The upper end of the vertical axis, which then begins at 0; without it the data decide.
+        step: Whether curves are steps, each down to the value at its right.
+    """
+
+    across: str
+    scale: float = 1.0
+    top: float | None = None
+    step: bool = False
+
+
+def chart(lines: Sequence[Line], axis: Axis, prefix: str, title: str, description: str) -> str:
+    """An SVG element of curves with their intervals as bands.
+
+    Arguments:
+        lines: The curves.
+        axis: How they are laid out.
+        prefix: What its ids begin with, unique in the page: letters, digits and hyphens.
+        title: What the chart shows, for screen readers; any text.
+        description: What is to be seen in it, or where its numbers are.
+    """
+    from matplotlib.figure import Figure
+
+    with _settings():
+        figure = Figure(figsize=(5, 3.1))
+        axes = figure.add_axes((0.085, 0.16, 0.895, 0.79))
+        for line in lines:
+            _draw(axes, line, axis)
+        axes.set_xlabel(axis.across)
+        axes.grid(axis="y", color=INK, alpha=0.14, linewidth=0.6)
+        axes.tick_params(length=3, width=0.6)
+        axes.margins(x=0.02)
+        if axis.top is not None:
+            axes.set_ylim(0, axis.top)
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        drawing = _inline(figure, prefix)
+    return (
+        f'<svg viewBox="{drawing.box}" role="img" aria-labelledby="{prefix}-title {prefix}-desc">'
+        f'<title id="{prefix}-title">{escape(title)}</title><desc id="{prefix}-desc">{escape(description)}</desc>'
+        f"{drawing.text}</svg>"
+    )
+
+
+def swatch(style: int, prefix: str) -> str:
+    """An SVG element of a short piece of the line of checkpoint number `style`, for legends."""
+    from matplotlib.figure import Figure
+
+    with _settings():
+        figure = Figure(figsize=(0.5, 0.18))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        axes.set(xlim=(-1, 1), ylim=(-1, 1))
+        axes.plot([-1, 0, 1], [0, 0, 0], markevery=[1], **_look(style))
+        figure.patch.set_visible(False)
+        drawing = _inline(figure, prefix)
+    return f'<svg viewBox="{drawing.box}" aria-hidden="true">{drawing.text}</svg>'

@@ -1,0 +1,183 @@
+"""What each metric is: its formula, in the words of the page, and where it comes from."""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+__all__ = ["Entry", "entries"]
+
+
+class Source(NamedTuple):
+    """A publication."""
+
+    title: str
+    authors: str
+    year: int
+    url: str
+
+
+class Entry(NamedTuple):
+    """A metric of the glossary; `pattern` finds its names."""
+
+    term: str
+    pattern: str
+    formula: str
+    source: Source | None = None
+
+
+COMMON = Source(
+    "Benchmarking neural network robustness to common corruptions and perturbations",
+    "Hendrycks and Dietterich", 2019, "https://arxiv.org/abs/1903.12261",
+)  # fmt: skip
+DIFFAUG = Source(
+    "DiffAug: a diffuse-and-denoise augmentation for training robust classifiers",
+    "Sastry, Dumpala and Oore", 2024, "https://arxiv.org/abs/2306.09192",
+)  # fmt: skip
+ADAPTATION = Source(
+    "Back to the source: diffusion-driven adaptation to test-time corruption",
+    "Gao et al.", 2023, "https://arxiv.org/abs/2207.03442",
+)  # fmt: skip
+CALIBRATION = Source(
+    "On calibration of modern neural networks",
+    "Guo, Pleiss, Sun and Weinberger",
+    2017,
+    "https://arxiv.org/abs/1706.04599",
+)
+SMOOTHING = Source(
+    "Certified adversarial robustness via randomized smoothing",
+    "Cohen, Rosenfeld and Kolter", 2019, "https://arxiv.org/abs/1902.02918",
+)  # fmt: skip
+MACER = Source(
+    "MACER: attack-free and scalable robust training via maximizing certified radius",
+    "Zhai et al.", 2020, "https://arxiv.org/abs/2001.02378",
+)  # fmt: skip
+OPENOOD = Source(
+    "OpenOOD v1.5: enhanced benchmark for out-of-distribution detection",
+    "Zhang et al.", 2023, "https://arxiv.org/abs/2306.09301",
+)  # fmt: skip
+PAIRED = Source(
+    "Adding error bars to evals: a statistical approach to language model evaluations",
+    "Miller", 2024, "https://arxiv.org/abs/2411.00640",
+)  # fmt: skip
+BINOMIAL = Source(
+    "The use of confidence or fiducial limits illustrated in the case of the binomial",
+    "Clopper and Pearson", 1934, "https://doi.org/10.1093/biomet/26.4.404",
+)  # fmt: skip
+
+ALWAYS = (
+    Entry(
+        "interval",
+        "",
+        "The range beside each figure: where it would lie over other samples from the same source, with a "
+        "confidence of 95 % unless the settings say otherwise.",
+        BINOMIAL,
+    ),
+    Entry(
+        "rank",
+        "",
+        "From 1 + the number of checkpoints whose whole interval is better, to the number of those whose "
+        "whole interval is not worse: 1–3 means that first to third cannot be told apart.",
+    ),
+)
+ENTRIES = (
+    Entry(
+        "accuracy/<dataset>",
+        r"(.+/)?accuracy(/[^@]+)?",
+        "mean of 1[argmax f(x) = y] over the samples (x, y). clean: the images as they are.",
+    ),
+    Entry(
+        "accuracy/<corruption>@s<severity>",
+        r"(.+/)?accuracy/[^@]+@s\d+",
+        "accuracy on the images under the corruption; without a severity the mean over those of the suite; "
+        "mean: over all corruptions, mean-<family>: of one family; their intervals resample images, with all "
+        "corruptions of an image together.",
+        COMMON,
+    ),
+    Entry(
+        "mce/<baseline>",
+        r"(.+/)?mce/.+",
+        "mean over corruptions c of Σₛ E(c, s) / Σₛ E₀(c, s), with E the error and E₀ that of the named baseline.",
+        COMMON,
+    ),
+    Entry(
+        "accuracy@t=<t>, entropy@t=<t>",
+        r"(.+/)?(accuracy|entropy)@t=.+",
+        "of f at D(x + σₜ ε, σₜ): the image diffused to time t and denoised in one step. Entropy is the mean "
+        "of −Σₖ pₖ ln pₖ, in nats.",
+        DIFFAUG,
+    ),
+    Entry(
+        "de/…",
+        r"de/.+",
+        "DiffAug-Ensemble: the class probabilities averaged over the image and its diffused-and-denoised "
+        "versions; t<= those up to t only.",
+        DIFFAUG,
+    ),
+    Entry(
+        "dda/…, dda-se/…",
+        r"dda(-se)?/.+",
+        "diffusion-driven adaptation: the prediction on the adapted image, or, -se, the mean of the "
+        "probabilities on it and on the image itself.",
+        ADAPTATION,
+    ),
+    Entry(
+        "…/gain/…",
+        r"(.+/)?gain/.+",
+        "accuracy of the mode minus that of the plain network, on the same samples, with the interval of the "
+        "paired difference, in percentage points.",
+        PAIRED,
+    ),
+    Entry(
+        "ece",
+        r"(.+/)?ece(/.+)?",
+        "expected calibration error: Σₘ (nₘ / n) |accuracyₘ − confidenceₘ| over bins m of the confidence.",
+        CALIBRATION,
+    ),
+    Entry(
+        "certified@<radius>",
+        r"certified@.+",
+        "share of samples whose smoothed classifier g(x) = argmaxₖ P(f(x + N(0, σ² I)) = k) is right and "
+        "certified constant within the l2 radius: σ Φ⁻¹(p) ≥ radius, with p the lower Clopper-Pearson limit "
+        "of the top class at confidence 1 − α. Radii in units of pixels in [0, 1]. Each certificate fails "
+        "with probability at most α.",
+        SMOOTHING,
+    ),
+    Entry(
+        "abstain",
+        r"abstain",
+        "share of samples on which the smoothed classifier returns no class: p < 1/2.",
+        SMOOTHING,
+    ),
+    Entry(
+        "acr",
+        r"acr",
+        "average certified radius: mean over the samples of the certified radius, 0 where the prediction is "
+        "wrong or abstains.",
+        MACER,
+    ),
+    Entry(
+        "auroc/…, aupr_in/…, aupr_out/…",
+        r"(auroc|aupr_in|aupr_out)/.+",
+        "area under the ROC curve, and under the precision-recall curve with in- or out-of-distribution as positive.",
+        OPENOOD,
+    ),
+    Entry(
+        "fpr95_ood_positive/…, fpr95_id_positive/…",
+        r"fpr95_(ood|id)_positive/.+",
+        "false positive rate at a true positive rate of 95 %, with out- or in-distribution samples as "
+        "positive: two numbers that must not be compared.",
+        OPENOOD,
+    ),
+    Entry(
+        "forwards/…",
+        r"(forwards|backwards)/.+",
+        "calls of a network, counted per image: what a figure costs, on any machine.",
+    ),
+)
+
+
+def entries(metrics: Iterable[str]) -> list[Entry]:
+    """The entries that the metrics of a page need."""
+    names = list(dict.fromkeys(metrics))
+    used = [entry for entry in ENTRIES if any(re.fullmatch(entry.pattern, name) for name in names)]
+    return [*used, *ALWAYS] if names else []

@@ -1,0 +1,249 @@
+"""The parts of a page that show metrics: each a view of some rows, and a note of which rows it has shown."""
+
+import re
+from collections.abc import Callable, Hashable, Sequence
+from math import isfinite, isnan
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from robustbench_diffaug.report import figures, tables
+from robustbench_diffaug.report.cells import Cell, Row, Table, shaded
+
+__all__ = ["Board", "Group", "Panel", "Place", "board", "curves", "others", "shifts", "smoothing"]
+
+# `de/accuracy/fog@s5`: the mode before it, the dataset, and the severity.
+SHIFT = r"(?:(?P<mode>[^@]+)/)?accuracy/(?P<shift>[^/@]+)(?:@s(?P<severity>\d+))?"
+# `accuracy@t=50`, `de/accuracy@t<=50`, `certified@0.25`: what is plotted, and against what number.
+CURVE = r"(?P<family>[^@]+@(?:(?P<variable>[A-Za-z_]+)<?=)?)(?P<at>\d+(?:\.\d+)?)"
+TITLES = {
+    "accuracy@t=": "Accuracy on images diffused to t and denoised",
+    "de/accuracy@t=": "Accuracy of the ensemble at t",
+    "de/accuracy@t<=": "Accuracy of the DiffAug-Ensemble of times up to t",
+    "entropy@t=": "Entropy on images diffused to t and denoised",
+    "certified@": "Certified accuracy",
+}
+UNITS = {"fraction": "%", "pixels": "l2 radius"}
+
+
+class Place(NamedTuple):
+    """A checkpoint's cell of the leaderboard; start, end and mark of its bar are percentages of the bar's width."""
+
+    cell: Cell | None
+    rank: str
+    order: int
+    bar: tuple[float, float, float] | None
+
+
+class Heading(NamedTuple):
+    """A column of the leaderboard."""
+
+    name: str
+    unit: str
+    better: str
+    samples: str
+
+
+class Board(NamedTuple):
+    """The leaderboard: rows sorted by the first column, best first."""
+
+    headings: list[Heading]
+    rows: list[tuple[str, list[Place]]]
+
+
+class Panel(NamedTuple):
+    """A chart, its legend being the page's, with the numbers in it."""
+
+    title: str
+    detail: str
+    unit: str
+    svg: str
+    numbers: Table
+
+
+class Group(NamedTuple):
+    """Panels that share their horizontal axis."""
+
+    variable: str
+    panels: list[Panel]
+
+
+def _cells(rows: pd.DataFrame, *keys: str) -> dict[tuple[Hashable, ...], Cell]:
+    """The cell of each row, by the values of the given columns."""
+    records: list[dict[Hashable, Any]] = rows.to_dict("records")
+    return {tuple(record[key] for key in keys): Cell.of({str(k): v for k, v in record.items()}) for record in records}
+
+
+def unit_name(unit: str) -> str:
+    """A unit as a page prints it."""
+    return UNITS.get(unit, unit)
+
+
+def _bars(cells: Sequence[Cell]) -> Callable[[Cell], tuple[float, float, float] | None]:
+    """Where each interval begins, ends and has its value, in percent of the range that all of them span."""
+    ends = [end for cell in cells for end in (cell.low, cell.high, cell.value) if isfinite(end)]
+    least, span = min(ends, default=0.0), (max(ends, default=0.0) - min(ends, default=0.0)) or 1.0
+
+    def place(end: float) -> float:
+        return round(100 * min(1.0, max(0.0, (end - least) / span)), 2)
+
+    def bar(cell: Cell) -> tuple[float, float, float] | None:
+        known = not any(isnan(end) for end in (cell.low, cell.high, cell.value))
+        return (place(cell.low), place(cell.high), place(cell.value)) if known else None
+
+    return bar
+
+
+def _order(cell: Cell | None) -> int:
+    """0 for a complete value, 1 for a partial one, 2 for none: the first key that a column is sorted by."""
+    return 2 if cell is None or cell.missing else 0 if cell.complete else 1
+
+
+def board(metrics: pd.DataFrame, used: set[Hashable]) -> Board | None:
+    """The leaderboard, or None without a headline."""
+    ranks = tables.leaderboard(metrics)
+    headings, columns = [], []
+    for name, rows in tables.headlines(metrics):
+        used |= set(rows.index)
+        cells = {str(key[0]): cell for key, cell in _cells(rows, "checkpoint").items()}
+        bar, first = _bars(list(cells.values())), next(iter(cells.values()))
+        samples = {cell.samples for cell in cells.values()}
+        headings.append(Heading(name, unit_name(first.unit), first.better, samples.pop() if len(samples) == 1 else ""))
+        texts = dict(zip(ranks["checkpoint"], ranks[f"{name}_rank"], strict=True))
+        found = {checkpoint: cells.get(checkpoint) for checkpoint in texts}
+        columns.append(
+            {c: Place(cell, texts[c], _order(cell), bar(cell) if cell else None) for c, cell in found.items()}
+        )
+    if not columns:
+        return None
+
+    def key(checkpoint: str) -> tuple[int, float]:
+        place = columns[0][checkpoint]
+        value = place.cell.value if place.cell and place.order < 2 else 0.0
+        return place.order, -value if headings[0].better == "higher" else value
+
+    names = sorted((str(checkpoint) for checkpoint in ranks["checkpoint"]), key=key)
+    return Board(headings, [(name, [column[name] for column in columns]) for name in names])
+
+
+def _grid(found: pd.DataFrame, caption: str, column: str) -> Table:
+    """A table with a row per checkpoint and mode, and a column per value of a column."""
+    cells = _cells(found, "checkpoint", "mode", column)
+    rows = list(dict.fromkeys((c, m) for c in found["checkpoint"].unique() for m in found["mode"].unique()))
+    held = {key[:2] for key in cells}
+    columns = list(found[column].unique())
+    return Table(
+        caption, "checkpoint", [str(name) for name in columns],
+        [Row(str(c), str(m), [cells.get((c, m, name)) for name in columns]) for c, m in rows if (c, m) in held],
+    )  # fmt: skip
+
+
+def _benches(metrics: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each bench, with what a caption puts in front where there are several."""
+    benches = list(metrics["bench"].unique())
+    return [(f"{bench}: " if len(benches) > 1 else "", metrics[metrics["bench"] == bench]) for bench in benches]
+
+
+def shifts(metrics: pd.DataFrame, used: set[Hashable]) -> list[Table]:
+    """Heat tables of the accuracy under each corruption, one per severity, and one of everything else."""
+    made = []
+    for front, rows in _benches(tables.matching(metrics, SHIFT)):
+        severe = rows[rows["severity"] != ""]
+        severities = sorted(severe["severity"].unique(), key=int)
+        means = rows[(rows["severity"] == "") & rows["shift"].isin(severe["shift"])]
+        rest = rows.drop(index=severe.index.union(means.index))
+        parts = [(rest, "clean images, other datasets, and means over corruptions")]
+        parts += [(severe[severe["severity"] == s], f"corruptions at severity {s}") for s in severities]
+        if len(severities) > 1:  # the mean over one severity is that severity
+            parts.append((means, "corruptions, mean over severities"))
+        made += [_grid(part, f"{front}{text}", "shift") for part, text in parts if len(part)]
+        if len(severities) == 1:
+            used |= set(means.index)
+        used |= {index for part, _ in parts for index in part.index}
+    return shaded(made)
+
+
+def _lines(rows: pd.DataFrame, styles: dict[str, int]) -> list[figures.Line]:
+    """The curves of one panel."""
+    sorted_rows = rows.assign(number=rows["at"].astype(float)).sort_values("number", kind="stable")
+    value, low, high = (tables.wide(sorted_rows, ".*", "number", "checkpoint", of) for of in ("value", "low", "high"))
+    x = value.index.to_numpy(dtype=np.float64)
+
+    def line(checkpoint: str) -> figures.Line:
+        y, least, most = (part[checkpoint].to_numpy(dtype=np.float64) for part in (value, low, high))
+        return figures.Line(x, y, least, most, styles[checkpoint])
+
+    return [line(checkpoint) for checkpoint in sorted(map(str, value.columns), key=styles.__getitem__)]
+
+
+def _panel(rows: pd.DataFrame, family: str, detail: str, prefix: str, styles: dict[str, int]) -> Panel:
+    """A chart of one family of metrics, and its numbers."""
+    unit, lines = str(rows["unit"].iloc[0]), _lines(rows, styles)
+    percent = unit == "fraction"
+    scale = 100.0 if percent else 1.0
+    title = TITLES.get(family, family)
+    variable = str(rows["variable"].iloc[0])
+    tops = [float(part[np.isfinite(part)].max(initial=0.0)) for line in lines for part in (line.y, line.high)]
+    lows = [float(part[np.isfinite(part)].min(initial=0.0)) for line in lines for part in (line.y, line.low)]
+    top = None if min(lows) < 0 else 100.0 if percent and max(tops) <= 1 else 1.05 * scale * max(tops) or None
+    axis = figures.Axis(variable or "l2 radius", scale, top, step=family.endswith("certified@"))
+    what = f"{title}, {unit_name(unit)}, against {axis.across}: {detail}"
+    ordered = rows.assign(mode="", number=rows["at"].astype(float)).sort_values("number", kind="stable")
+    numbers = _grid(ordered, what, "at")
+    rank = sorted(numbers.rows, key=lambda row: styles[row.name])
+    names = ", ".join(f"\u2068{row.name}\u2069" for row in rank)  # isolated: a name may hold bidirectional marks
+    svg = figures.chart(lines, axis, prefix, what, f"{len(lines)} curves: {names}. The table after it has the numbers.")
+    return Panel(title, detail, unit_name(unit), svg, numbers._replace(rows=rank, corner=f"checkpoint, {axis.across}"))
+
+
+def curves(metrics: pd.DataFrame, used: set[Hashable], styles: dict[str, int]) -> list[Group]:
+    """Charts of all metrics named after a number, `<name>@<variable>=<number>` or `<name>@<number>`, by variable."""
+    found = tables.matching(metrics, CURVE)
+    keys = ["variable", "family", "bench", "group"]
+    benches = found.groupby("variable")["bench"].nunique()
+    made: dict[str, list[Panel]] = {}
+    for number, (key, rows) in enumerate(found.groupby(keys, sort=False)):
+        variable, family, bench, group = (str(part) for part in key)
+        if rows["at"].nunique() < 2:
+            continue
+        used |= set(rows.index)
+        detail = f"{bench}, {group}" if benches[variable] > 1 else group
+        made.setdefault(variable, []).append(_panel(rows, family, detail, f"chart-{number}", styles))
+    return [Group(variable, panels) for variable, panels in made.items()]
+
+
+def smoothing(metrics: pd.DataFrame, used: set[Hashable]) -> list[Table]:
+    """Tables of certificates: for each noise level the radius on average, abstentions, and certified accuracies."""
+    made = []
+    for front, rows in _benches(tables.matching(metrics, r"certified@.+|abstain|acr")):
+        used |= set(rows.index)
+        # Noise levels are groups. Rows of one level stand together: checkpoints are compared within it.
+        cells = _cells(rows, "group", "checkpoint", "metric")
+        pairs = [(g, c) for g in rows["group"].unique() for c in metrics["checkpoint"].unique()]
+        names = sorted(rows["metric"].unique(), key=_certificate_order)
+        held = {key[:2] for key in cells}
+        lines = [Row(str(c), str(g), [cells.get((g, c, name)) for name in names]) for g, c in pairs if (g, c) in held]
+        made.append(Table(f"{front}certificates", "checkpoint", [str(name) for name in names], lines))
+    return made
+
+
+def _certificate_order(name: str) -> tuple[int, float, str]:
+    """acr, abstain, then certified accuracies by radius."""
+    radius = re.fullmatch(r"certified@(\d+(?:\.\d+)?)", name)
+    return (2, float(radius[1]), name) if radius else (int(name != "acr"), 0.0, name)
+
+
+def others(metrics: pd.DataFrame, used: set[Hashable]) -> list[Table]:
+    """What no other part has shown: a row per metric and group, a column per checkpoint."""
+    made = []
+    for front, rows in _benches(metrics[[index not in used for index in metrics.index]]):
+        cells = _cells(rows, "metric", "group", "checkpoint")
+        pairs = dict.fromkeys(key[:2] for key in cells)
+        checkpoints = list(rows["checkpoint"].unique())
+        grid = [(str(m), str(g), [cells.get((m, g, c)) for c in checkpoints]) for m, g in pairs]
+        lines = [
+            Row(metric, f"{group}, {unit_name(next(c.unit for c in row if c))}", row) for metric, group, row in grid
+        ]
+        made.append(Table(f"{front}other metrics", "metric", [str(c) for c in checkpoints], lines))
+    return made

@@ -1,0 +1,166 @@
+"""Tables made of metrics: the leaderboard, wide tables, and the bytes of CSV and Parquet files.
+
+`metrics` is the long form throughout: one row per (bench, checkpoint, metric, group), with its value, its interval
+`low` to `high` (NaN: none), `n` of `n_available` samples, `better` ("higher" or "lower"), `unit`, whether it is
+`complete`, and whether it is a `headline`. Fractions stay fractions; only pages print percent.
+"""
+
+import io
+import re
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+__all__ = ["Headline", "headlines", "leaderboard", "matching", "rank_ranges", "to_csv", "to_parquet", "wide"]
+
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes a cell that begins so for a formula
+
+
+class Headline(NamedTuple):
+    """One measure of the leaderboard: its column's name, and the rows of metrics in it, one per checkpoint."""
+
+    name: str
+    rows: pd.DataFrame
+
+
+def headlines(metrics: pd.DataFrame) -> list[Headline]:
+    """The measures of the leaderboard, in order of first appearance.
+
+    A name is the metric, with `[group]` where headlines have the metric for several groups, and `bench:` in front
+    where two benches would give the same name.
+
+    Raises:
+        ValueError: A checkpoint has two values for one measure.
+    """
+    rows = metrics[metrics["headline"].astype(bool)]
+    groups = rows.groupby("metric")["group"].nunique(dropna=False)
+    keys = list(dict.fromkeys(zip(rows["bench"], rows["metric"], rows["group"], strict=True)))
+    names = [f"{metric}[{group}]" if groups[metric] > 1 else str(metric) for _, metric, group in keys]
+    found = []
+    for (bench, metric, group), name in zip(keys, names, strict=True):
+        chosen = rows[(rows["bench"] == bench) & (rows["metric"] == metric) & (rows["group"] == group)]
+        full = f"{bench}:{name}" if names.count(name) > 1 else name
+        twice = chosen["checkpoint"][chosen["checkpoint"].duplicated()]
+        if len(twice):
+            raise ValueError(f"{full} has several values for checkpoint {twice.iloc[0]!r}: merge the runs first")
+        found.append(Headline(full, chosen))
+    return found
+
+
+def rank_ranges(low: NDArray[np.float64], high: NDArray[np.float64], better: str) -> list[tuple[int, int]]:
+    """The best and the worst place of each checkpoint that its interval allows.
+
+    With m checkpoints whose interval is strictly better, and k that are not strictly worse (itself among them), the
+    places are m + 1 to k. An interval with a NaN end is never strictly better or worse than another: without an
+    interval nothing tells two checkpoints apart.
+
+    Arguments:
+        low: Lower ends, of shape (c,).
+        high: Upper ends, of shape (c,).
+        better: "higher" or "lower".
+
+    Raises:
+        ValueError: `better` is another word.
+    """
+    if better not in ("higher", "lower"):
+        raise ValueError(f"better is {better!r}, expected 'higher' or 'lower'")
+    above = low[None, :] > high[:, None]  # [i, j]: all of j is above all of i
+    beaten = above if better == "higher" else above.T
+    return [(1 + int(m), int(k)) for m, k in zip(beaten.sum(axis=1), (~beaten).sum(axis=0), strict=True)]
+
+
+def _ranks(rows: pd.DataFrame) -> dict[str, str]:
+    """Rank texts, "1" or "1-3", of the checkpoints that have a complete value."""
+    ranked = rows[rows["complete"].astype(bool) & rows["value"].notna()]
+    if ranked.empty:
+        return {}
+    low, high = ranked["low"].to_numpy(dtype=np.float64), ranked["high"].to_numpy(dtype=np.float64)
+    places = rank_ranges(low, high, str(ranked["better"].iloc[0]))
+    texts = [str(first) if first == last else f"{first}-{last}" for first, last in places]
+    return dict(zip(ranked["checkpoint"].astype(str), texts, strict=True))
+
+
+def leaderboard(metrics: pd.DataFrame) -> pd.DataFrame:
+    """One row per checkpoint, and for each headline `<name>`, `<name>_low`, `<name>_high` and `<name>_rank`.
+
+    Checkpoints keep their order of first appearance. A missing value is NaN, and it and an incomplete one have the
+    empty rank.
+
+    Raises:
+        ValueError: Two columns would have one name, or a checkpoint has two values for one measure.
+    """
+    checkpoints = [str(checkpoint) for checkpoint in metrics["checkpoint"].unique()]
+    columns: dict[str, list[object]] = {"checkpoint": list(checkpoints)}
+    for name, rows in headlines(metrics):
+        values = rows.set_index("checkpoint")[["value", "low", "high"]].astype(np.float64).reindex(checkpoints)
+        ranks = _ranks(rows)
+        made: dict[str, list[object]] = {
+            name: values["value"].tolist(),
+            f"{name}_low": values["low"].tolist(),
+            f"{name}_high": values["high"].tolist(),
+            f"{name}_rank": [ranks.get(checkpoint, "") for checkpoint in checkpoints],
+        }
+        if taken := made.keys() & columns.keys():
+            raise ValueError(f"the leaderboard would have two columns {sorted(taken)[0]!r}: rename the metric {name!r}")
+        columns |= made
+    return pd.DataFrame(columns)
+
+
+def matching(metrics: pd.DataFrame, pattern: str) -> pd.DataFrame:
+    """The rows whose metric is matched in full by a regular expression, with a column for each of its named groups.
+
+    A group that took no part in the match is the empty text.
+    """
+    compiled = re.compile(pattern)
+    matches = [compiled.fullmatch(str(metric)) for metric in metrics["metric"]]
+    found = metrics[[match is not None for match in matches]]
+    named = {key: [match[key] or "" for match in matches if match] for key in compiled.groupindex}
+    return found.assign(**named)
+
+
+def wide(metrics: pd.DataFrame, pattern: str, rows: str, columns: str, of: str = "value") -> pd.DataFrame:
+    """The metrics that `matching` finds as a table of one column against another, both in order of first appearance.
+
+    Arguments:
+        metrics: The long form, cut down to what is unique in (`rows`, `columns`).
+        pattern: A regular expression of metrics; its named groups are columns.
+        rows: The column whose values name the rows, such as "checkpoint".
+        columns: The column whose values name the columns, such as a named group.
+        of: The column that fills the table.
+
+    Raises:
+        ValueError: A cell of the table has two values.
+    """
+    found = matching(metrics, pattern)
+    table = found.pivot(index=rows, columns=columns, values=of)
+    return table.reindex(index=found[rows].unique(), columns=found[columns].unique())
+
+
+def _escaped(cell: object) -> object:
+    """A text that a spreadsheet would run as a formula, with an apostrophe in front; anything else as it is."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell
+
+
+def _safe(labels: Sequence[Hashable]) -> list[object]:
+    return [_escaped(label) for label in labels]
+
+
+def to_csv(frame: pd.DataFrame) -> bytes:
+    r"""UTF-8 CSV without the index: floats as the shortest text that reads back the same, lines end in "\n".
+
+    NaN is an empty cell. Texts that begin as a formula does, in cells and in the header, get an apostrophe in front.
+    """
+    safe = frame.astype(object).map(_escaped)
+    safe.columns = pd.Index(_safe(list(frame.columns)), dtype=object)
+    text: str = safe.to_csv(index=False, lineterminator="\n")
+    return text.encode("utf-8", "replace")
+
+
+def to_parquet(frame: pd.DataFrame) -> bytes:
+    """The bytes of a Parquet file without the index, the same for the same frame and version of pyarrow."""
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, engine="pyarrow", index=False, compression="zstd")
+    return buffer.getvalue()

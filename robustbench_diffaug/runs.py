@@ -1,0 +1,221 @@
+"""A run folder from start to end: check, plan, evaluate, and write what the records say."""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+import torch
+import yaml
+
+from robustbench_diffaug import summary
+from robustbench_diffaug.batch import Limits
+from robustbench_diffaug.engine import Outcome, Task, plan
+from robustbench_diffaug.executors import local, processes
+from robustbench_diffaug.files import atomic, sha256
+from robustbench_diffaug.report import page, tables
+from robustbench_diffaug.store import Store
+from robustbench_diffaug.suite import Loaded, Suite, check
+
+__all__ = ["Finished", "Options", "execute", "lock", "own", "tasks_of"]
+
+LOCK = "suite.lock.yaml"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a suite is run; nothing of it changes what is recorded, but the device.
+
+    Arguments:
+        root: The run folder.
+        device: 'cpu' or 'cuda[:N]'.
+        batch: Samples read together.
+        workers: Processes; 1 runs in this one.
+        trust: Whether the suite may name code, for the manifest.
+    """
+
+    root: Path
+    device: str = "cpu"
+    batch: int = 128
+    workers: int = 1
+    trust: bool = False
+
+    @property
+    def limits(self) -> Limits:
+        """For the engine."""
+        return Limits(batch=self.batch, device=self.device)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What is in a run folder at the end.
+
+    Arguments:
+        root: The folder.
+        digest: SHA-256 of its digests.txt, which holds that of every other file.
+        metrics: All figures.
+        leaderboard: A row for each checkpoint.
+        failures: bench, checkpoint, dataset and reason of each cell that failed.
+        computed: The number of tasks that were run.
+    """
+
+    root: Path
+    digest: str
+    metrics: pd.DataFrame
+    leaderboard: pd.DataFrame
+    failures: list[dict[str, str]] = field(default_factory=list)
+    computed: int = 0
+
+
+def lock(suite: Suite) -> bytes:
+    """The suite as it was resolved, every default written out."""
+    data = suite.model_dump(mode="json", serialize_as_any=True)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True).encode()
+
+
+def own(root: Path, suite: Suite) -> None:
+    """Makes the folder this suite's, or finds that it is.
+
+    Raises:
+        ValueError: If the folder is another suite's, by name or seed, or holds other things.
+    """
+    path = root / LOCK
+    if path.exists():
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+            name, seed = found["name"], found["seed"]
+        except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is damaged; give another folder with --output") from error
+        if (name, seed) != (suite.name, suite.seed):
+            raise ValueError(
+                f"{root} holds a run of suite {name} with seed {seed}, not of {suite.name} with seed {suite.seed}; "
+                "give another folder with --output"
+            )
+    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ValueError(f"{root} is no run folder and not empty; give another one with --output")
+
+
+def tasks_of(loaded: Loaded, options: Options) -> list[Task]:
+    """What is left to do in a run folder."""
+    return list(plan(loaded.suite, Store(options.root), options.limits))
+
+
+def execute(
+    loaded: Loaded,
+    options: Options,
+    announce: Callable[[Sequence[Task], Sequence[str]], None] = lambda tasks, warnings: None,
+    progress: Callable[[Outcome], None] = lambda outcome: None,
+) -> Finished:
+    """Runs what is missing of a suite, then writes metrics and the report; with nothing missing, a no-op.
+
+    Arguments:
+        loaded: The suite.
+        options: Where and how.
+        announce: Told the tasks and the warnings before the first task.
+        progress: Told each outcome.
+
+    Raises:
+        ValueError: If something is wrong with the suite or the folder; what is finished is kept.
+    """
+    started, clock = datetime.now(UTC), time.monotonic()
+    warnings = check(loaded)
+    own(options.root, loaded.suite)
+    store, text = Store(options.root), lock(loaded.suite)
+    tasks = tasks_of(loaded, options)
+    if not tasks and (done := _unchanged(options.root, text)):
+        return done
+    announce(tasks, warnings)
+    with atomic(options.root / LOCK) as file:
+        file.write(text)
+    executor = local(options.device) if options.workers == 1 else processes(options.device, options.workers)
+    failures = []
+    for outcome in executor(tasks):
+        failures += _failed(outcome)
+        progress(outcome)
+    about = {
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+        "workers": options.workers,
+        "trusted": options.trust,
+        "started": started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - clock, 1),
+    }
+    found = summary.manifest(loaded.suite, store, failures, warnings, about)
+    return write(loaded.suite, store, found, failures, len(tasks))
+
+
+def _failed(outcome: Outcome) -> list[dict[str, str]]:
+    named = ((outcome.task.cells[index], reason) for index, reason in outcome.failures.items())
+    return [
+        {"bench": cell.bench, "checkpoint": cell.checkpoint.id, "dataset": cell.dataset.name, "reason": reason}
+        for cell, reason in named
+    ]
+
+
+def write(
+    suite: Suite, store: Store, manifest: dict[str, object], failures: list[dict[str, str]], computed: int
+) -> Finished:
+    """Writes metrics, leaderboard, costs, manifest, page and digests from the records of a run folder."""
+    root = store.root
+    with _alone(root):
+        metrics, costs = summary.metrics(suite, store), summary.costs(suite, store)
+        board = tables.leaderboard(metrics)
+        contents = {
+            "metrics.csv": tables.to_csv(metrics),
+            "metrics.parquet": tables.to_parquet(metrics),
+            "leaderboard.csv": tables.to_csv(board),
+            "costs.csv": tables.to_csv(costs),
+            "manifest.json": json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n",
+            "index.html": page.render(metrics, manifest, costs).encode(),
+        }
+        for name, content in contents.items():
+            with atomic(root / name) as file:
+                file.write(content)
+        digest = _write_digests(root)
+    return Finished(root, digest, metrics, board, failures, computed)
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Within it no other run writes the report of this folder; two runs may compute records side by side."""
+    with (root / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _files(root: Path) -> list[Path]:
+    """All files of a run folder but digests.txt and hidden ones, in the order of their names."""
+    found = []
+    for folder, _, names in os.walk(root):
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path != root / "digests.txt")
+
+
+def _write_digests(root: Path) -> str:
+    lines = [f"{sha256(path)}  {path.relative_to(root).as_posix()}\n" for path in _files(root)]
+    text = "".join(lines).encode()
+    with atomic(root / "digests.txt") as file:
+        file.write(text)
+    return hashlib.sha256(text).hexdigest()
+
+
+def _unchanged(root: Path, text: bytes) -> Finished | None:
+    """What the folder holds, if it is finished, of this very suite, and as its digests say."""
+    if not (root / LOCK).exists() or (root / LOCK).read_bytes() != text or not (root / "digests.txt").exists():
+        return None
+    stated = dict(reversed(line.split("  ", 1)) for line in (root / "digests.txt").read_text().splitlines())
+    if stated != {path.relative_to(root).as_posix(): sha256(path) for path in _files(root)}:
+        return None
+    manifest = json.loads((root / "manifest.json").read_bytes())
+    if manifest["failures"]:
+        return None
+    metrics = pd.read_parquet(root / "metrics.parquet")
+    return Finished(root, sha256(root / "digests.txt"), metrics, tables.leaderboard(metrics))

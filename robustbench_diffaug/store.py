@@ -1,0 +1,116 @@
+"""Where records live, and what is missing: one immutable Parquet file for each cell and range of samples."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from robustbench_diffaug.checkpoints.base import Checkpoint
+from robustbench_diffaug.component import digest_of
+from robustbench_diffaug.data.base import Dataset
+from robustbench_diffaug.evaluators.base import Evaluator
+from robustbench_diffaug.files import atomic
+from robustbench_diffaug.records import Records, from_table
+
+__all__ = ["Cell", "Store"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One checkpoint under one evaluator on one dataset."""
+
+    bench: str
+    checkpoint: Checkpoint
+    evaluator: Evaluator
+    dataset: Dataset
+    seed: int
+
+    @cached_property
+    def key(self) -> str:
+        """16 hexadecimal digits of all that the records depend on."""
+        parts = [self.checkpoint.fingerprint, self.evaluator.fingerprint, self.dataset.fingerprint, self.seed]
+        return digest_of(parts)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where its files are, below the run folder; names are quoted, so that none leads elsewhere."""
+        names = (self.bench, self.checkpoint.id, self.dataset.name)
+        return Path("records", *map(_quoted, names), self.key)
+
+
+def _quoted(name: str) -> str:
+    return quote(name, safe="@+=,").replace(".", "%2E", 1 if name.startswith(".") else 0)
+
+
+@dataclass(frozen=True)
+class Store:
+    """The records of a run folder."""
+
+    root: Path
+
+    def missing(self, cell: Cell, size: int) -> Iterator[range]:
+        """Ranges of positions in the declared subset that have no file yet, cut at multiples of `size`."""
+        total = len(cell.dataset.rows())
+        have = np.zeros(total, dtype=bool)
+        for first, last, _ in self._files(cell):
+            have[first : last + 1] = True
+        for start in range(0, total, size):
+            stop = min(start + size, total)
+            edges = np.flatnonzero(np.diff(have[start:stop].astype(int), prepend=1, append=1)) + start
+            for first, end in zip(edges[::2], edges[1::2], strict=True):
+                yield range(int(first), int(end))
+
+    def write(self, cell: Cell, rows: range, table: pa.Table, cost: Mapping[str, object]) -> None:
+        """Writes the rows of a range, whole or not at all, and beside them what they cost."""
+        path = self.root / cell.folder / f"{rows.start:07d}-{rows.stop - 1:07d}.parquet"
+        with atomic(path.with_suffix(".json")) as file:
+            file.write(json.dumps(dict(cost), sort_keys=True).encode())
+        with atomic(path) as file:
+            pq.write_table(table, file, compression="zstd")
+
+    def read(self, cells: Iterable[Cell]) -> Records:
+        """All rows of one checkpoint on some datasets.
+
+        Raises:
+            ValueError: If a file is damaged, or two of them hold the same sample.
+        """
+        cells = tuple(cells)
+        tables = [self._table(path) for cell in cells for _, _, path in self._files(cell)]
+        declared = tuple(cell.dataset.declared() for cell in cells)
+        if not tables:
+            return Records({}, declared, cells[0].seed)
+        columns = from_table(pa.concat_tables(tables))
+        names = list(zip(columns["dataset"].tolist(), columns["sample"].tolist(), strict=True))
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{self.root}: sample {twice[1]} of {twice[0]} is recorded twice; delete one of its files")
+        return Records(columns, declared, cells[0].seed)
+
+    def costs(self, cell: Cell) -> list[dict[str, object]]:
+        """What each range of a cell cost, as it was written."""
+        costs = []
+        for first, last, path in self._files(cell):
+            beside = path.with_suffix(".json")
+            known = json.loads(beside.read_bytes()) if beside.exists() else {}
+            costs.append({"samples": last - first + 1, **known})
+        return costs
+
+    def _files(self, cell: Cell) -> list[tuple[int, int, Path]]:
+        found = []
+        for path in sorted((self.root / cell.folder).glob("*.parquet")):
+            first, _, last = path.stem.partition("-")
+            if first.isdigit() and last.isdigit():
+                found.append((int(first), int(last), path))
+        return found
+
+    def _table(self, path: Path) -> pa.Table:
+        try:
+            return pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error

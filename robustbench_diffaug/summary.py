@@ -1,0 +1,159 @@
+"""Metrics, costs and provenance of a run folder, from its records and its suite alone."""
+
+import platform
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import pandas as pd
+
+from robustbench_diffaug.checkpoints.base import Checkpoint
+from robustbench_diffaug.engine import cells
+from robustbench_diffaug.files import Weights, path_of
+from robustbench_diffaug.records import Metric
+from robustbench_diffaug.store import Cell, Store
+from robustbench_diffaug.suite import Bench, Suite
+
+__all__ = ["COLUMNS", "costs", "manifest", "metrics"]
+
+COLUMNS = (
+    "suite bench evaluator checkpoint group metric value low high n n_available better unit complete headline".split()
+)
+PACKAGES = ("robustbench-diffaug", "torch", "timm", "diffusers", "numpy", "scipy", "statsmodels", "pillow")
+
+
+def metrics(suite: Suite, store: Store) -> pd.DataFrame:
+    """All figures of a run in long form, with the columns `COLUMNS`."""
+    rows = []
+    for bench in suite.benches:
+        for entry, column in _by_checkpoint(suite, bench):
+            records = store.read(column)
+            figures = list(bench.evaluator.metrics(records)) if len(records) else []
+            figures += _forwards(bench, len(records)) if len(records) else []
+            for figure in figures:
+                named = asdict(figure) | {"metric": figure.name, "suite": suite.name, "bench": bench.name}
+                rows.append(named | {"evaluator": bench.evaluator.kind, "checkpoint": entry.id})
+    return pd.DataFrame(rows, columns=pd.Index(COLUMNS))
+
+
+def _by_checkpoint(suite: Suite, bench: Bench) -> Iterable[tuple[Checkpoint, tuple[Cell, ...]]]:
+    rows = [row for _, row in cells(suite, bench)]
+    return zip(bench.chosen(suite.checkpoints), zip(*rows, strict=True), strict=True)
+
+
+def _forwards(bench: Bench, samples: int) -> list[Metric]:
+    """What the records rest on: forwards of the denoiser, shared by all checkpoints, and of the classifier."""
+    each = bench.evaluator.forwards()
+    pairs = {"denoiser": each.denoiser, "classifier": each.classifier}
+    return [
+        Metric(f"forwards/{name}", "cost", samples * count, n=samples, better="lower", unit="count")
+        for name, count in pairs.items()
+    ]
+
+
+def costs(suite: Suite, store: Store) -> pd.DataFrame:
+    """Seconds, throughput and peak memory of each cell."""
+    rows = []
+    for bench in suite.benches:
+        for dataset, row in cells(suite, bench):
+            for cell in row:
+                parts = store.costs(cell)
+                samples = sum(int(str(part["samples"])) for part in parts)
+                seconds = sum(float(str(part.get("seconds", 0))) for part in parts)
+                memory = max((float(str(part.get("peak_memory_mb", 0))) for part in parts), default=0.0)
+                rows.append(
+                    {
+                        "bench": bench.name,
+                        "checkpoint": cell.checkpoint.id,
+                        "dataset": dataset.name,
+                        "samples": samples,
+                        "seconds": round(seconds, 3),
+                        "samples_per_second": round(samples / seconds, 2) if seconds else 0.0,
+                        "peak_memory_mb": round(memory, 1),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def manifest(
+    suite: Suite, store: Store, failures: Sequence[Mapping[str, str]], warnings: Sequence[str], run: Mapping[str, object]
+) -> dict[str, Any]:
+    """Who ran what, on what and with what.
+
+    Arguments:
+        suite: What was run.
+        store: Its records.
+        failures: Cells that failed in this run: bench, checkpoint, dataset, reason.
+        warnings: What `check` warned of.
+        run: Of this run: started, finished, seconds, device, threads, trust.
+    """
+    datasets, notices, devices, spent = [], list(warnings), set(), 0.0
+    for bench in suite.benches:
+        for dataset, row in cells(suite, bench):
+            declared = dataset.declared()
+            about = {"bench": bench.name, "kind": dataset.kind, **asdict(declared), "digest": dataset.contents()}
+            datasets.append(about | {"constants": getattr(dataset, "constants", "")})
+            for cell in row:
+                parts = store.costs(cell)
+                spent += sum(float(str(part.get("seconds", 0))) for part in parts)
+                devices |= {(str(part.get("device")), str(part.get("torch"))) for part in parts if "device" in part}
+                done = sum(int(str(part["samples"])) for part in parts)
+                if done < declared.n:
+                    notices.append(
+                        f"{bench.name}: {cell.checkpoint.id} has {done} of {declared.n} samples of {dataset.name}"
+                    )
+    if len(devices) > 1:
+        named = "; ".join(" with torch ".join(pair) for pair in sorted(devices))
+        notices.append(f"records were made on different devices or versions ({named}): last digits may differ")
+    return {
+        "schema_version": 1,
+        "rdiff": version("robustbench-diffaug"),
+        "suite": {"name": suite.name, "digest": suite.digest, "seed": suite.seed},
+        **run,
+        "seconds": {"cells": round(spent, 3), "last_run": run.get("seconds", 0)},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "platform": f"{sys.platform} {platform.machine()}",
+        "checkpoints": [_checkpoint(entry) for entry in suite.checkpoints],
+        "denoisers": _denoisers(suite),
+        "datasets": datasets,
+        "benches": [_bench(bench) for bench in suite.benches],
+        "notices": notices,
+        "failures": list(failures),
+    }
+
+
+def _checkpoint(entry: Checkpoint) -> dict[str, Any]:
+    about = entry.model_dump(mode="json", serialize_as_any=True) | {"fingerprint": entry.fingerprint}
+    weights = getattr(entry, "weights", None)
+    if isinstance(weights, Weights):
+        about |= {"sha256": weights.contents(), "parameters": _parameters(weights)}
+    return about
+
+
+def _parameters(weights: Weights) -> int:
+    """Numbers in a safetensors file, from its header."""
+    from safetensors import safe_open
+
+    total = 0
+    with safe_open(path_of(weights.uri), framework="np") as file:
+        for name in file.keys():  # noqa: SIM118  (not a mapping)
+            count = 1
+            for size in file.get_slice(name).get_shape():
+                count *= size
+            total += count
+    return total
+
+
+def _denoisers(suite: Suite) -> list[dict[str, Any]]:
+    distinct = dict.fromkeys(denoiser for bench in suite.benches for denoiser in bench.evaluator.denoisers())
+    return [
+        denoiser.model_dump(mode="json", serialize_as_any=True) | {"contents": denoiser.contents()}
+        for denoiser in distinct
+    ]
+
+
+def _bench(bench: Bench) -> dict[str, Any]:
+    settings = bench.evaluator.model_dump(mode="json", serialize_as_any=True)
+    return {"name": bench.name, "evaluator": settings, "forwards": bench.evaluator.forwards()._asdict()}

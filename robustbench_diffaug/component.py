@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, lru_cache
 from hashlib import blake2b
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-__all__ = ["Component", "Options", "Outside", "Value", "digest_of", "find", "kinds", "suggest", "trusting"]
+__all__ = ["Component", "Options", "Outside", "Value", "digest_of", "find", "fingerprint", "kinds", "look_again", "suggest", "trusting"]
 
 
 class Outside:
@@ -136,6 +136,17 @@ class Component(Value, ABC):
         if (found.runs_code or ":" in kind) and not _trusted.get():
             raise ValueError(f"kind {kind} runs code that this file names; if you trust it, add --trust")
         return found.model_validate({**data, "kind": found.model_fields["kind"].default}, context=info.context)
+
+
+@lru_cache(maxsize=4096)
+def fingerprint(component: Component) -> str:
+    """`component.fingerprint`, its files looked at once until `look_again`; for loops over many cells."""
+    return component.fingerprint
+
+
+def look_again() -> None:
+    """Forgets fingerprints, so that files that have changed since are noticed. Called when a run begins."""
+    fingerprint.cache_clear()
 
 
 C = TypeVar("C", bound=Component)

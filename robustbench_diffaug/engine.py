@@ -141,6 +141,8 @@ def _evaluate(
                 failures[index] = _reason(error)
                 del live[index]
             seconds[index] += time.perf_counter() - begun
+        if not live:
+            return
     for index in list(live):
         try:
             columns = task.evaluator.record(seen[index], batch)

@@ -2,43 +2,82 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
 from typing import TypeAlias
+
+import torch
 
 from robustbench_diffaug.engine import Outcome, Task, run, settle
 
-__all__ = ["Executor", "local", "processes"]
+__all__ = ["Executor", "local", "processes", "threads"]
 
-Executor: TypeAlias = Callable[[Iterable[Task]], Iterator[Outcome]]
+Executor: TypeAlias = Callable[[Iterable[Task]], Generator[Outcome, None, None]]
+"""Closing what it returns stops the work."""
 
 
 def local(device: str) -> Executor:
     """In this process, one task after another."""
 
-    def map_here(tasks: Iterable[Task]) -> Iterator[Outcome]:
+    def map_here(tasks: Iterable[Task]) -> Generator[Outcome, None, None]:
         settle(device)
-        return map(run, tasks)
+        yield from map(run, tasks)
 
     return map_here
 
 
 def processes(device: str, workers: int) -> Executor:
-    """In several processes, each with its share of the cores; outcomes come as they are finished."""
+    """In several processes, each with its share of the threads; outcomes come as they are finished."""
 
-    def map_there(tasks: Iterable[Task]) -> Iterator[Outcome]:
-        threads = max(1, (os.cpu_count() or 1) // workers)
+    def map_there(tasks: Iterable[Task]) -> Generator[Outcome, None, None]:
         # spawn: a forked child inherits the thread pools of torch, and hangs.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, settle, (device, threads)) as pool:
-            futures = [pool.submit(run, task) for task in tasks]
+        watched, held = context.Pipe(duplex=False)
+        begin = (device, threads(workers), watched)
+        with watched, held, ProcessPoolExecutor(workers, context, _begin, begin) as pool:
             try:
+                with _uninterrupted():
+                    futures = [pool.submit(run, task) for task in tasks]
                 for future in as_completed(futures):
                     yield future.result()
             except BrokenProcessPool:
                 raise ValueError("a worker process died; what is finished is kept, run again to continue") from None
+            except BaseException:
+                held.close()  # the workers stop at once, in the middle of their tasks
+                raise
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     return map_there
+
+
+def threads(workers: int) -> int:
+    """The threads of each of so many workers: what torch has here, shared."""
+    return max(1, torch.get_num_threads() // workers)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes started within it never see Ctrl-C, which a terminal sends to all; here it comes when this ends."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin(device: str, count: int, watched: Connection) -> None:
+    """What a worker does first."""
+    threading.Thread(target=_follow, args=(watched,), daemon=True).start()
+    settle(device, count)
+
+
+def _follow(watched: Connection) -> None:
+    """Ends this worker when the process that started it lets go of the pipe, or is killed."""
+    wait([watched])
+    os._exit(1)

@@ -133,7 +133,7 @@ def to_table(batch: Batch, declared: Declared, columns: Columns) -> pa.Table:
     """The rows of one batch of a dataset.
 
     Raises:
-        ValueError: If a column has not one row per sample.
+        ValueError: If a column has not one row per sample, or the name of one that every record has.
     """
     count = len(batch.ids)
     pixels = [blake2b(image.numpy().tobytes(), digest_size=8).hexdigest() for image in batch.images.cpu().contiguous()]
@@ -148,6 +148,8 @@ def to_table(batch: Batch, declared: Declared, columns: Columns) -> pa.Table:
     }
     fields = [pa.field(name, array.type) for name, array in arrays.items()]
     for name, column in columns.items():
+        if name in INDEX:
+            raise ValueError(f"column {name} is one that every record has; give it another name")
         values = column.detach().cpu().contiguous().numpy()
         if len(values) != count:
             raise ValueError(f"column {name} has {len(values)} rows for {count} samples")

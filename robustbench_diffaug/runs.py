@@ -6,19 +6,19 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
-import torch
 import yaml
 
 from robustbench_diffaug import summary
 from robustbench_diffaug.batch import Limits
+from robustbench_diffaug.component import look_again
 from robustbench_diffaug.engine import Outcome, Task, plan
-from robustbench_diffaug.executors import local, processes
+from robustbench_diffaug.executors import local, processes, threads
 from robustbench_diffaug.files import atomic, sha256
 from robustbench_diffaug.report import page, tables
 from robustbench_diffaug.store import Store
@@ -27,6 +27,7 @@ from robustbench_diffaug.suite import Loaded, Suite, check
 __all__ = ["Finished", "Options", "execute", "lock", "own", "tasks_of"]
 
 LOCK = "suite.lock.yaml"
+STALE = 3600  # seconds after which a half-written file is a killed run's: writing one takes less than a second
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,13 @@ def own(root: Path, suite: Suite) -> None:
                 f"{root} holds a run of suite {name} with seed {seed}, not of {suite.name} with seed {suite.seed}; "
                 "give another folder with --output"
             )
-    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+    elif root.exists() and (not root.is_dir() or any(map(_foreign, root.iterdir()))) and not path.exists():
         raise ValueError(f"{root} is no run folder and not empty; give another one with --output")
+
+
+def _foreign(path: Path) -> bool:
+    """Whether a file is none that a run leaves in its folder before its lock."""
+    return path.name != ".lock" and not (path.name.startswith(".") and path.name.endswith(".part"))
 
 
 def tasks_of(loaded: Loaded, options: Options) -> list[Task]:
@@ -125,6 +131,7 @@ def execute(
         ValueError: If something is wrong with the suite or the folder; what is finished is kept.
     """
     started, clock = datetime.now(UTC), time.monotonic()
+    look_again()
     warnings = check(loaded)
     own(options.root, loaded.suite)
     store, text = Store(options.root), lock(loaded.suite)
@@ -135,13 +142,14 @@ def execute(
     with atomic(options.root / LOCK) as file:
         file.write(text)
     executor = local(options.device) if options.workers == 1 else processes(options.device, options.workers)
-    failures = []
-    for outcome in executor(tasks):
-        failures += _failed(outcome)
-        progress(outcome)
+    failures: list[dict[str, str]] = []
+    with closing(executor(tasks)) as outcomes:
+        for outcome in outcomes:
+            failures += [failure for failure in _failed(outcome) if failure not in failures]
+            progress(outcome)
     about = {
         "device": options.device,
-        "threads": torch.get_num_threads(),
+        "threads": threads(options.workers),
         "workers": options.workers,
         "trusted": options.trust,
         "started": started.isoformat(timespec="seconds"),
@@ -169,6 +177,7 @@ def write(
         metrics, costs = summary.metrics(suite, store), summary.costs(suite, store)
         board = tables.leaderboard(metrics)
         contents = {
+            LOCK: lock(suite),
             "metrics.csv": tables.to_csv(metrics),
             "metrics.parquet": tables.to_parquet(metrics),
             "leaderboard.csv": tables.to_csv(board),
@@ -180,6 +189,7 @@ def write(
             with atomic(root / name) as file:
                 file.write(content)
         digest = _write_digests(root)
+        _sweep(root)
     return Finished(root, digest, metrics, board, failures, computed)
 
 
@@ -191,6 +201,15 @@ def _alone(root: Path) -> Iterator[None]:
         yield
 
 
+def _sweep(root: Path) -> None:
+    """Removes what killed runs left half written, and nothing that a run which is still going is writing."""
+    now = (root / "digests.txt").stat().st_mtime  # the file system's clock, which may differ from ours
+    for path in root.rglob(".*.part"):
+        with suppress(FileNotFoundError):
+            if now - path.stat().st_mtime > STALE:
+                path.unlink()
+
+
 def _files(root: Path) -> list[Path]:
     """All files of a run folder but digests.txt and hidden ones, in the order of their names."""
     found = []
@@ -199,9 +218,12 @@ def _files(root: Path) -> list[Path]:
     return sorted(path for path in found if path != root / "digests.txt")
 
 
+def _digests(root: Path) -> bytes:
+    return "".join(f"{sha256(path)}  {path.relative_to(root).as_posix()}\n" for path in _files(root)).encode()
+
+
 def _write_digests(root: Path) -> str:
-    lines = [f"{sha256(path)}  {path.relative_to(root).as_posix()}\n" for path in _files(root)]
-    text = "".join(lines).encode()
+    text = _digests(root)
     with atomic(root / "digests.txt") as file:
         file.write(text)
     return hashlib.sha256(text).hexdigest()
@@ -211,8 +233,7 @@ def _unchanged(root: Path, text: bytes) -> Finished | None:
     """What the folder holds, if it is finished, of this very suite, and as its digests say."""
     if not (root / LOCK).exists() or (root / LOCK).read_bytes() != text or not (root / "digests.txt").exists():
         return None
-    stated = dict(reversed(line.split("  ", 1)) for line in (root / "digests.txt").read_text().splitlines())
-    if stated != {path.relative_to(root).as_posix(): sha256(path) for path in _files(root)}:
+    if (root / "digests.txt").read_bytes() != _digests(root):
         return None
     manifest = json.loads((root / "manifest.json").read_bytes())
     if manifest["failures"]:

@@ -1,6 +1,7 @@
 """Where records live, and what is missing: one immutable Parquet file for each cell and range of samples."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,13 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from robustbench_diffaug.checkpoints.base import Checkpoint
-from robustbench_diffaug.component import digest_of
+from robustbench_diffaug.component import digest_of, fingerprint
 from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.evaluators.base import Evaluator
 from robustbench_diffaug.files import atomic
 from robustbench_diffaug.records import Records, from_table
 
 __all__ = ["Cell", "Store"]
+
+LONGEST = 200  # characters of a folder's name; most file systems take 255
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,7 @@ class Cell:
     @cached_property
     def key(self) -> str:
         """16 hexadecimal digits of all that the records depend on."""
-        parts = [self.checkpoint.fingerprint, self.evaluator.fingerprint, self.dataset.fingerprint, self.seed]
-        return digest_of(parts)
+        return digest_of([*map(fingerprint, (self.checkpoint, self.evaluator, self.dataset)), self.seed])
 
     @cached_property
     def folder(self) -> Path:
@@ -45,7 +47,9 @@ class Cell:
 
 
 def _quoted(name: str) -> str:
-    return quote(name, safe="@+=,").replace(".", "%2E", 1 if name.startswith(".") else 0)
+    """A name as one of a folder: no separator, not hidden, and not too long for a file system."""
+    quoted = quote(name, safe="@+=,").replace(".", "%2E", 1 if name.startswith(".") else 0)
+    return quoted if len(quoted) <= LONGEST else f"{quoted[:LONGEST]}~{digest_of(name)}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ class Store:
         with atomic(path.with_suffix(".json")) as file:
             file.write(json.dumps(dict(cost), sort_keys=True).encode())
         with atomic(path) as file:
-            pq.write_table(table, file, compression="zstd")
+            # In one piece: the bytes must not tell how the rows were batched.
+            pq.write_table(table.combine_chunks(), file, compression="zstd")
 
     def read(self, cells: Iterable[Cell]) -> Records:
         """All rows of one checkpoint on some datasets.
@@ -81,15 +86,15 @@ class Store:
             ValueError: If a file is damaged, or two of them hold the same sample.
         """
         cells = tuple(cells)
-        tables = [self._table(path) for cell in cells for _, _, path in self._files(cell)]
+        tables = [self._table(*file) for cell in cells for file in self._files(cell)]
         declared = tuple(cell.dataset.declared() for cell in cells)
         if not tables:
             return Records({}, declared, cells[0].seed)
         columns = from_table(pa.concat_tables(tables))
-        names = list(zip(columns["dataset"].tolist(), columns["sample"].tolist(), strict=True))
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{self.root}: sample {twice[1]} of {twice[0]} is recorded twice; delete one of its files")
+        counts = Counter(zip(columns["dataset"].tolist(), columns["sample"].tolist(), strict=True))
+        for (dataset, sample), count in counts.items():
+            if count > 1:
+                raise ValueError(f"{self.root}: sample {sample} of {dataset} is recorded twice; delete one of its files")
         return Records(columns, declared, cells[0].seed)
 
     def costs(self, cell: Cell) -> list[dict[str, object]]:
@@ -97,7 +102,10 @@ class Store:
         costs = []
         for first, last, path in self._files(cell):
             beside = path.with_suffix(".json")
-            known = json.loads(beside.read_bytes()) if beside.exists() else {}
+            try:
+                known = json.loads(beside.read_bytes()) if beside.exists() else {}
+            except ValueError as error:
+                raise ValueError(f"{beside} is damaged ({error}); delete it and run again") from error
             costs.append({"samples": last - first + 1, **known})
         return costs
 
@@ -109,8 +117,12 @@ class Store:
                 found.append((int(first), int(last), path))
         return found
 
-    def _table(self, path: Path) -> pa.Table:
+    def _table(self, first: int, last: int, path: Path) -> pa.Table:
         try:
-            return pq.read_table(path)
+            with pq.ParquetFile(path) as file:  # not `read_table`, which makes a column of a folder called a=b
+                table = file.read()
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
+        if len(table) != last - first + 1:
+            raise ValueError(f"{path} is damaged (it holds {len(table)} samples); delete it and run again")
+        return table

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from robustbench_diffaug.batch import Limits
 from robustbench_diffaug.checkpoints.model import Model
-from robustbench_diffaug.component import Component, Outside, Value
+from robustbench_diffaug.component import Component, Outside, Value, fingerprint
 
 __all__ = ["Checkpoint", "Preprocess"]
 
@@ -93,11 +93,15 @@ class Checkpoint(Component, ABC):
     @final
     def loaded(self, limits: Limits) -> Model:
         """The network behind its preprocessing, loaded once per process and device."""
-        return _loaded(self, limits.device)
+        return _loaded(self, fingerprint(self), limits.device)
 
 
 @lru_cache(maxsize=32)
-def _loaded(checkpoint: Checkpoint, device: str) -> Model:
+def _loaded(
+    checkpoint: Checkpoint,
+    identity: str,  # noqa: ARG001  (so that changed files are loaded anew)
+    device: str,
+) -> Model:
     network = checkpoint.load().eval().requires_grad_(False)
     dtype: torch.dtype = getattr(torch, checkpoint.precision)
     network = network.to(device=device, dtype=dtype, memory_format=torch.channels_last)

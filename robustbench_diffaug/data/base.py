@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from robustbench_diffaug.component import Component
+from robustbench_diffaug.component import Component, fingerprint
 from robustbench_diffaug.records import Declared
 
 __all__ = ["Dataset", "Images", "in_memory"]
@@ -81,7 +81,7 @@ class Dataset(Component, ABC):
     @final
     def opened(self) -> Images:
         """What `open` gives, opened once per process."""
-        return _opened(self)
+        return _opened(self, fingerprint(self))
 
     @final
     def available(self) -> int:
@@ -103,5 +103,5 @@ class Dataset(Component, ABC):
 
 
 @lru_cache(maxsize=32)
-def _opened(dataset: Dataset) -> Images:
+def _opened(dataset: Dataset, identity: str) -> Images:  # noqa: ARG001  (so that changed files are opened anew)
     return dataset.open()

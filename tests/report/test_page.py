@@ -11,10 +11,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import CHECKPOINTS, made_costs, made_manifest, made_metrics, row
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from robustbench_diffaug.report.page import render
+from tests.report.conftest import CHECKPOINTS, made_costs, made_manifest, made_metrics, row
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

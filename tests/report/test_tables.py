@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import CHECKPOINTS, CORRUPTIONS, HEADLINES, row
 from hypothesis import given
 from hypothesis import strategies as st
 
 from robustbench_diffaug.report import tables
+from tests.report.conftest import CHECKPOINTS, CORRUPTIONS, HEADLINES, row
 
 Interval = tuple[float, float]
 ends = st.one_of(st.integers(0, 8).map(float), st.sampled_from([nan, inf, -inf]))
@@ -61,7 +61,7 @@ def test_another_word_for_better_is_refused() -> None:
 
 def test_leaderboard_has_a_row_per_checkpoint_and_four_columns_per_headline(metrics: pd.DataFrame) -> None:
     board = tables.leaderboard(metrics)
-    names = [column for column in board.columns[1::4]]
+    names = list(board.columns[1::4])
     assert list(board["checkpoint"]) == list(CHECKPOINTS)
     assert set(names) == {
         "accuracy/clean", "accuracy/digits", "accuracy/mean", "de/accuracy/mean", "de/gain/mean",
@@ -75,7 +75,7 @@ def test_leaderboard_has_a_row_per_checkpoint_and_four_columns_per_headline(metr
         intervals = list(zip(rows["low"], rows["high"], strict=True))
         expected = [places(intervals, index, "higher") for index in range(4)]
         assert list(board[f"{name}_rank"]) == [str(m) if m == k else f"{m}-{k}" for m, k in expected]
-    assert {metric for metric in HEADLINES} == {name.partition("[")[0] for name in names}
+    assert set(HEADLINES) == {name.partition("[")[0] for name in names}
 
 
 def test_missing_and_partial_values_have_no_rank_and_count_for_nobody() -> None:

@@ -1,6 +1,6 @@
 """Seconds of the same certificates for 1, 2 and 4 classifiers that share denoised images, and for one at a time.
 
-    python benchmarks/sharing.py
+python benchmarks/sharing.py
 """
 
 import os

@@ -100,7 +100,7 @@ def fixed_shape(
     result depends on the rows beside it.
     """
     outputs = []
-    for chunk in inputs.split(size):
+    for chunk in torch.split(inputs, size):
         missing = size - len(chunk)
         padded = torch.cat([chunk, chunk.new_zeros(missing, *chunk.shape[1:])]) if missing else chunk
         outputs.append(network(padded)[: len(chunk)])

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from robustbench_diffaug.engine import Outcome, Task
-    from robustbench_diffaug.runs import Finished, Options
+    from robustbench_diffaug.runs import Options
     from robustbench_diffaug.suite import Loaded
 
 __all__ = ["main"]

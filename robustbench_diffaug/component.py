@@ -11,7 +11,7 @@ from hashlib import blake2b
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from inspect import isabstract
-from typing import Annotated, Any, ClassVar, TypeVar, cast
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -19,12 +19,23 @@ from pydantic import (
     ConfigDict,
     ModelWrapValidatorHandler,
     PlainSerializer,
-    ValidationInfo,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-__all__ = ["Component", "Options", "Outside", "Value", "digest_of", "find", "fingerprint", "kinds", "look_again", "suggest", "trusting"]
+__all__ = [
+    "Component",
+    "Options",
+    "Outside",
+    "Value",
+    "digest_of",
+    "find",
+    "fingerprint",
+    "kinds",
+    "look_again",
+    "suggest",
+    "trusting",
+]
 
 
 class Outside:
@@ -125,7 +136,7 @@ class Component(Value, ABC):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _resolve(cls, data: Any, handler: ModelWrapValidatorHandler["Component"], info: ValidationInfo) -> "Component":
+    def _resolve(cls, data: Any, handler: ModelWrapValidatorHandler["Component"], info: Any) -> "Component":
         if not (isinstance(data, Mapping) and isabstract(cls)):
             return handler(data)
         kind = data.get("kind")
@@ -186,4 +197,4 @@ def find(family: type[C], kind: str) -> type[C]:
             raise ValueError(f"the plug-in {kind} ({known[kind].value}) cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, family)):
         raise ValueError(f"{kind} is not a {_noun(family)}")
-    return cast(type[C], found)
+    return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO, Annotated, Any
 
-from pydantic import AfterValidator, ValidationInfo
+from pydantic import AfterValidator
 
 from robustbench_diffaug.component import Outside, Value
 
@@ -21,7 +21,7 @@ BUNDLED = "rdiff:"
 
 
 def _against(key: str) -> AfterValidator:
-    def resolve(uri: str, info: ValidationInfo) -> str:
+    def resolve(uri: str, info: Any) -> str:
         folder = (info.context or {}).get(key) or (info.context or {}).get("folder")
         return uri if uri.startswith(BUNDLED) or folder is None else str(Path(folder, Path(uri).expanduser()))
 

@@ -50,7 +50,8 @@ def uniform(key: int, draws: range, shape: tuple[int, ...]) -> np.ndarray:
 
 def normal(key: int, draws: range, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normals, the inverse CDF of `uniform`; float32, of shape (len(draws), *shape)."""
-    return ndtri(uniform(key, draws, shape)).astype(np.float32)
+    values: np.ndarray = ndtri(uniform(key, draws, shape))
+    return values.astype(np.float32)
 
 
 def permutation(key: int, size: int) -> np.ndarray:

@@ -94,7 +94,9 @@ class Store:
         counts = Counter(zip(columns["dataset"].tolist(), columns["sample"].tolist(), strict=True))
         for (dataset, sample), count in counts.items():
             if count > 1:
-                raise ValueError(f"{self.root}: sample {sample} of {dataset} is recorded twice; delete one of its files")
+                raise ValueError(
+                    f"{self.root}: sample {sample} of {dataset} is recorded twice; delete one of its files"
+                )
         return Records(columns, declared, cells[0].seed)
 
     def costs(self, cell: Cell) -> list[dict[str, object]]:

@@ -78,7 +78,11 @@ def costs(suite: Suite, store: Store) -> pd.DataFrame:
 
 
 def manifest(
-    suite: Suite, store: Store, failures: Sequence[Mapping[str, str]], warnings: Sequence[str], run: Mapping[str, object]
+    suite: Suite,
+    store: Store,
+    failures: Sequence[Mapping[str, str]],
+    warnings: Sequence[str],
+    run: Mapping[str, object],
 ) -> dict[str, Any]:
     """Who ran what, on what and with what.
 

@@ -31,7 +31,7 @@ class Shown:
     def announce(self, tasks: Sequence[Task], warnings: Sequence[str]) -> None:
         """Says what is about to be done."""
         for warning in warnings:
-            self.bar.console.print(f"warning: {warning}", markup=False, highlight=False)
+            self.bar.console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
         denoised, shown = total(tasks)
         self.bar.console.print(
             f"{len(tasks)} tasks: {denoised:,} denoiser forwards and {shown:,} classifier forwards", highlight=False

@@ -13,7 +13,7 @@ _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _kept: list[torch.library.Library] = []  # the operators vanish when their library object is collected
 
 try:
-    import torchvision  # noqa: F401  (imported for its effect)
+    import torchvision
 except RuntimeError as error:
     if "torchvision::nms" not in str(error):
         raise

@@ -54,7 +54,9 @@ def test_cards_are_true(path: Path) -> None:
 
 
 def test_twins_are_equally_good_on_clean_images() -> None:
-    accuracy = {path.name.removesuffix(".card.yaml"): yaml.safe_load(path.read_text()).get("accuracy") for path in CARDS}
+    accuracy = {
+        path.name.removesuffix(".card.yaml"): yaml.safe_load(path.read_text()).get("accuracy") for path in CARDS
+    }
     for net in LEAST:
         plain, diffaug = accuracy[f"{net}-standard"], accuracy[f"{net}-standard+diffaug"]
         assert abs(plain["value"] - diffaug["value"]) <= 0.015

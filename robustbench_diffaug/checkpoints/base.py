@@ -99,10 +99,11 @@ class Checkpoint(Component, ABC):
 @lru_cache(maxsize=32)
 def _loaded(
     checkpoint: Checkpoint,
-    identity: str,  # noqa: ARG001  (so that changed files are loaded anew)
+    identity: str,  # so that changed files are loaded anew
     device: str,
 ) -> Model:
     network = checkpoint.load().eval().requires_grad_(False)
     dtype: torch.dtype = getattr(torch, checkpoint.precision)
-    network = network.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    network.to(device=device, dtype=dtype)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks the keyword
     return Model(checkpoint.id, network, checkpoint.preprocess, checkpoint.classes, checkpoint.microbatch, dtype)

@@ -94,7 +94,6 @@ class Dataset(Component, ABC):
         rows = range(0, self.available(), self.every)
         return rows if self.limit is None else rows[: self.limit]
 
-
     @final
     def declared(self) -> Declared:
         """What records say of it."""
@@ -103,5 +102,5 @@ class Dataset(Component, ABC):
 
 
 @lru_cache(maxsize=32)
-def _opened(dataset: Dataset, identity: str) -> Images:  # noqa: ARG001  (so that changed files are opened anew)
+def _opened(dataset: Dataset, identity: str) -> Images:  # identity: changed files are opened anew
     return dataset.open()

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from functools import lru_cache
-from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol, final
+from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol, final, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class Posterior(NamedTuple):
     spread: Float[Tensor, "*n c h w"] | None = None
 
 
+@runtime_checkable
 class Denoise(Protocol):
     """A loaded denoiser: variance exploding, differentiable in `noisy`."""
 
@@ -62,7 +63,8 @@ class Schedule(Value):
             scale = 1000 / self.steps
             return np.linspace(scale * 1e-4, scale * 0.02, self.steps)
         edges = np.cos((np.arange(self.steps + 1) / self.steps + 0.008) / 1.008 * np.pi / 2) ** 2
-        return np.minimum(1 - edges[1:] / edges[:-1], 0.999)
+        betas: np.ndarray = np.minimum(1 - edges[1:] / edges[:-1], 0.999)
+        return betas
 
     def sigmas(self) -> Float[np.ndarray, " t"]:
         """The noise level of each time, float64, increasing."""
@@ -140,7 +142,7 @@ class Denoiser(Component, ABC):
 @lru_cache(maxsize=8)
 def _loaded(
     denoiser: Denoiser,
-    identity: str,  # noqa: ARG001  (so that changed files are loaded anew)
+    identity: str,  # so that changed files are loaded anew
     device: str,
 ) -> Denoise:
     return denoiser.load(torch.device(device))

@@ -85,7 +85,9 @@ def schedule_of(root: Path) -> Schedule:
         return Schedule(betas="linear", steps=steps)
     if betas == "squaredcos_cap_v2":
         return Schedule(betas="cosine", steps=steps)
-    raise ValueError(f"{root / SCHEDULER}: beta_schedule {betas} with these ends is not supported; use linear or cosine")
+    raise ValueError(
+        f"{root / SCHEDULER}: beta_schedule {betas} with these ends is not supported; use linear or cosine"
+    )
 
 
 def _read(root: Path, name: str) -> bytes:
@@ -114,8 +116,9 @@ def as_denoise(
     """
     dtype: torch.dtype = getattr(torch, precision)
     exact = torch.float64 if precision == "float64" else torch.float32  # of all but the network
-    network = network.eval().to(dtype=dtype, memory_format=torch.channels_last)
-    network.requires_grad_(False)
+    network = network.eval().requires_grad_(False)
+    nn.Module.to(network, dtype=dtype)  # diffusers' own `to` warns of every cast
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks the keyword
 
     def denoise(noisy: Float[Tensor, "*n c h w"], sigma: Sigma) -> Posterior:
         flat = noisy.reshape(-1, *noisy.shape[-3:])
@@ -152,4 +155,5 @@ def save(folder: Path, network: Any, schedule: Schedule) -> None:
     network.save_pretrained(folder / "unet", safe_serialization=True)
     betas = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule.betas]
     ends = {"beta_start": 0.1 / schedule.steps, "beta_end": 20 / schedule.steps}
-    DDPMScheduler(num_train_timesteps=schedule.steps, beta_schedule=betas, **ends).save_pretrained(folder / "scheduler")
+    scheduler: Any = DDPMScheduler
+    scheduler(num_train_timesteps=schedule.steps, beta_schedule=betas, **ends).save_pretrained(folder / "scheduler")

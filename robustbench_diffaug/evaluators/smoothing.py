@@ -117,7 +117,9 @@ class Smoothing(Evaluator):
         far = [f"{radius:g}" for radius in self.radii if radius > reach]
         if not far:
             return ()
-        return (f"radii {', '.join(far)} are out of reach: with n={self.n}, alpha={self.alpha:g} none exceeds {reach:.4f}",)
+        return (
+            f"radii {', '.join(far)} are out of reach: with n={self.n}, alpha={self.alpha:g} none exceeds {reach:.4f}",
+        )
 
     def reach(self, sigma: float) -> float:
         """The largest radius that n unanimous votes certify."""

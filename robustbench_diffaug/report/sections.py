@@ -237,7 +237,7 @@ def _certificate_order(name: str) -> tuple[int, float, str]:
 def others(metrics: pd.DataFrame, used: set[Hashable]) -> list[Table]:
     """What no other part has shown: a row per metric and group, a column per checkpoint."""
     made = []
-    for front, rows in _benches(metrics[[index not in used for index in metrics.index]]):
+    for front, rows in _benches(metrics.drop(index=list(used))):
         cells = _cells(rows, "metric", "group", "checkpoint")
         pairs = dict.fromkeys(key[:2] for key in cells)
         checkpoints = list(rows["checkpoint"].unique())

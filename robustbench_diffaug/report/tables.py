@@ -7,8 +7,7 @@
 
 import io
 import re
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -116,7 +115,7 @@ def matching(metrics: pd.DataFrame, pattern: str) -> pd.DataFrame:
     """
     compiled = re.compile(pattern)
     matches = [compiled.fullmatch(str(metric)) for metric in metrics["metric"]]
-    found = metrics[[match is not None for match in matches]]
+    found = metrics[np.array([match is not None for match in matches], dtype=bool)]
     named = {key: [match[key] or "" for match in matches if match] for key in compiled.groupindex}
     return found.assign(**named)
 
@@ -139,13 +138,12 @@ def wide(metrics: pd.DataFrame, pattern: str, rows: str, columns: str, of: str =
     return table.reindex(index=found[rows].unique(), columns=found[columns].unique())
 
 
-def _escaped(cell: object) -> object:
-    """A text that a spreadsheet would run as a formula, with an apostrophe in front; anything else as it is."""
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell
-
-
-def _safe(labels: Sequence[Hashable]) -> list[object]:
-    return [_escaped(label) for label in labels]
+def _field(cell: object) -> str:
+    """A cell of CSV. The csv module leaves a lone carriage return unquoted, which would end the row for a reader."""
+    if not isinstance(cell, str):
+        return "" if pd.isna(cast(Any, cell)) else repr(float(cell)) if isinstance(cell, float) else str(cell)
+    text = f"'{cell}" if cell.startswith(FORMULA_STARTS) else cell
+    return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\r\n') else text
 
 
 def to_csv(frame: pd.DataFrame) -> bytes:
@@ -153,9 +151,8 @@ def to_csv(frame: pd.DataFrame) -> bytes:
 
     NaN is an empty cell. Texts that begin as a formula does, in cells and in the header, get an apostrophe in front.
     """
-    safe = frame.astype(object).map(_escaped)
-    safe.columns = pd.Index(_safe(list(frame.columns)), dtype=object)
-    text: str = safe.to_csv(index=False, lineterminator="\n")
+    rows = [list(frame.columns), *frame.astype(object).to_numpy().tolist()]
+    text = "".join(",".join(map(_field, row)) + "\n" for row in rows)
     return text.encode("utf-8", "replace")
 
 

@@ -64,8 +64,10 @@ def train(recipe: Recipe, state: Path, device: str = "cpu") -> Iterator[Step]:
     ids = [source.ids[row] for row in rows]
     _check(recipe, images, labels)
     images, labels = images.to(device), labels.to(device)
-    network = network_of(recipe).to(device=device, memory_format=torch.channels_last).train()
-    average = network_of(recipe).to(device=device, memory_format=torch.channels_last).eval() if recipe.ema else network
+    network = network_of(recipe).to(device).train()
+    average = network_of(recipe).to(device).eval() if recipe.ema else network
+    for module in (network, average):
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks the keyword
     optimiser = _optimiser(recipe, network)
     loss = _loss(recipe)
     done = _resume(state, recipe, network, average, optimiser)
@@ -100,7 +102,9 @@ def _check(recipe: Recipe, images: Tensor, labels: Tensor) -> None:
     if isinstance(recipe, ClassifierRecipe):
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= recipe.classes:
-            raise ValueError(f"labels of {recipe.dataset.name} go from {low} to {high}, the recipe has {recipe.classes}")
+            raise ValueError(
+                f"labels of {recipe.dataset.name} go from {low} to {high}, the recipe has {recipe.classes}"
+            )
         if recipe.diffaug and recipe.diffaug.denoiser.channels() not in (None, recipe.channels):
             found = recipe.diffaug.denoiser.channels()
             raise ValueError(f"the denoiser is for {found} channels, the recipe's images have {recipe.channels}")
@@ -133,7 +137,8 @@ def _samples(recipe: Recipe, number: int, images: Tensor, labels: Tensor, ids: l
     positions = range((number - 1) * recipe.batch, number * recipe.batch)
     places = [divmod(position, len(ids)) for position in positions]
     orders = {
-        epoch: rng.permutation(rng.key("order", recipe.seed, epoch), len(ids)) for epoch in {epoch for epoch, _ in places}
+        epoch: rng.permutation(rng.key("order", recipe.seed, epoch), len(ids))
+        for epoch in {epoch for epoch, _ in places}
     }
     chosen = [(epoch, int(orders[epoch][place])) for epoch, place in places]
     index = torch.tensor([row for _, row in chosen], device=images.device)

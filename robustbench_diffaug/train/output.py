@@ -1,6 +1,7 @@
 """What a training run leaves: weights, a card that says where they come from, and an entry to paste into a suite."""
 
 import csv
+import io
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from robustbench_diffaug.component import trusting
 from robustbench_diffaug.diffusion import unet
 from robustbench_diffaug.files import atomic, sha256
 from robustbench_diffaug.train.loop import Step, train
-from robustbench_diffaug.train.recipe import ClassifierRecipe, DenoiserRecipe, Recipe
+from robustbench_diffaug.train.recipe import ClassifierRecipe, DenoiserRecipe
 
 __all__ = ["load", "run"]
 
@@ -73,12 +74,15 @@ def _finished(recipe: AnyRecipe, state: Path) -> nn.Module:
 
 
 def _log(path: Path, step: Step) -> None:
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if fresh:
-            writer.writerow(["step", *step.losses])
-        writer.writerow([step.number, *step.losses.values()])
+    """Adds a row, in place of those that a run wrote after its last saved state before it was stopped."""
+    rows = list(csv.reader(path.read_text().splitlines()))[1:] if path.exists() else []
+    kept = [row for row in rows if int(row[0]) < step.number]
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(
+        [["step", *step.losses], *kept, [step.number, *step.losses.values()]]
+    )
+    with atomic(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def _card(recipe: AnyRecipe, digest: str, parameters: int) -> dict[str, Any]:

@@ -53,8 +53,8 @@ def test_ensemble_is_the_published_loop_on_the_same_noise() -> None:
 def test_without_time_zero_the_image_is_no_member() -> None:
     evaluator = Shift(modes=("de",), denoiser=MixtureDenoiser(), times=(100,))
     rows = observed(evaluator, a_batch())
-    assert torch.equal(rows["t_confidence"], rows["de_confidence"])
-    assert not torch.equal(rows["confidence"], rows["de_confidence"][:, 0])
+    assert torch.equal(rows["t_entropy"], rows["de_entropy"])
+    assert not torch.equal(rows["entropy"], rows["de_entropy"][:, 0])
     assert evaluator.forwards() == (1, 2)
 
 

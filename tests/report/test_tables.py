@@ -3,16 +3,17 @@
 import csv
 import io
 from math import inf, isnan, nan
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustbench_diffaug.report import tables
 from tests.report.conftest import CHECKPOINTS, CORRUPTIONS, HEADLINES, row
+
+quick = settings(deadline=None, max_examples=60)  # a busy machine is no failure
 
 Interval = tuple[float, float]
 ends = st.one_of(st.integers(0, 8).map(float), st.sampled_from([nan, inf, -inf]))
@@ -33,6 +34,7 @@ def places(intervals: list[Interval], chosen: int, better: str) -> tuple[int, in
     return 1 + sum(beats(other, mine) for other in intervals), sum(not beats(mine, other) for other in intervals)
 
 
+@quick
 @given(st.lists(st.builds(ordered, ends, ends), min_size=1, max_size=9), st.sampled_from(["higher", "lower"]))
 def test_ranks_are_those_of_the_definition(intervals: list[Interval], better: str) -> None:
     low, high = (np.array(side) for side in zip(*intervals, strict=True))
@@ -41,6 +43,7 @@ def test_ranks_are_those_of_the_definition(intervals: list[Interval], better: st
     assert all(1 <= first <= last <= len(intervals) for first, last in found)
 
 
+@quick
 @given(st.permutations(range(6)), st.sampled_from(["higher", "lower"]))
 def test_separate_intervals_are_ranked_in_order(order: list[int], better: str) -> None:
     low = np.array(order, dtype=float)
@@ -141,6 +144,7 @@ def rows_of(data: bytes) -> list[list[str]]:
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
 
 
+@quick
 @given(st.lists(st.tuples(texts, st.floats(), st.integers(-(2**53), 2**53)), max_size=8))
 def test_csv_reads_back_every_number_and_text(found: list[tuple[str, float, int]]) -> None:
     data = tables.to_csv(pd.DataFrame(found, columns=["text", "float", "integer"]))
@@ -162,6 +166,10 @@ def test_metrics_survive_csv_and_parquet_and_give_the_same_bytes_twice(metrics: 
     assert tables.to_csv(metrics) == tables.to_csv(metrics.copy())
     assert tables.to_parquet(metrics) == tables.to_parquet(metrics.copy())
     assert b"\r" not in tables.to_csv(metrics)
-    exact: dict[str, Any] = {"float_precision": "round_trip"}
-    pd.testing.assert_frame_equal(pd.read_csv(io.BytesIO(tables.to_csv(metrics)), **exact), metrics, check_exact=True)
+    header, *rows = rows_of(tables.to_csv(metrics))
+    read = pd.DataFrame(rows, columns=header)
+    for column in metrics.columns:
+        if metrics[column].dtype == np.float64:
+            read[column] = [float(text) if text else nan for text in read[column]]
+    pd.testing.assert_frame_equal(read, metrics.astype(read.dtypes), check_exact=True)
     pd.testing.assert_frame_equal(pd.read_parquet(io.BytesIO(tables.to_parquet(metrics))), metrics, check_exact=True)

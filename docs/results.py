@@ -1,6 +1,6 @@
 """Writes docs/results.md from the metrics of a run of suites/mnist.yaml.
 
-    rdiff run mnist -o reports/mnist && python docs/results.py reports/mnist
+Run `rdiff run mnist -o reports/mnist`, then `python docs/results.py reports/mnist`.
 """
 
 import json
@@ -49,7 +49,9 @@ def main(run: Path) -> None:
     )
     rows = [[name, *(cell(by_name.loc[(name, metric)]) for metric in SHIFT.values())] for name in networks]
     parts.append("## Covariate shift: accuracy in percent\n\n" + table(["network", *SHIFT], rows) + "\n")
-    gains = [[name, *(cell(by_name.loc[(name, f"de/gain/{part}")]) for part in ("mean", "mean-noise"))] for name in networks]
+    gains = [
+        [name, *(cell(by_name.loc[(name, f"de/gain/{part}")]) for part in ("mean", "mean-noise"))] for name in networks
+    ]
     parts.append("DE minus plain, paired by image, in points:\n")
     parts.append(table(["network", "ten corruptions", "three noises"], gains) + "\n")
     groups = list(dict.fromkeys(metrics.loc[metrics["metric"].str.match(r"accuracy/.+@s5"), "group"]))

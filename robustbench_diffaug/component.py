@@ -51,7 +51,7 @@ def _freeze(value: object) -> object:
 Options = Annotated[
     tuple[tuple[str, Any], ...], BeforeValidator(_freeze), PlainSerializer(lambda pairs: dict(pairs), return_type=dict)
 ]
-"""Keyword arguments of a library's constructor; a mapping in YAML, sorted pairs in the value, so that it is hashable."""
+"""Keyword arguments of a library's constructor: a mapping in YAML, sorted pairs in the value, hence hashable."""
 
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 

@@ -22,6 +22,7 @@ class Loader(yaml.SafeLoader):
     """Refuses a key that stands twice, and reads `1e-3` as the number it is."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As SafeLoader does, after a look for repeated keys."""
         seen: dict[str, int] = {}
         for key, _ in node.value:
             text = str(key.value)
@@ -73,20 +74,50 @@ class Document:
     def _explain(self, error: ValidationError) -> str:
         errors = error.errors(include_url=False)
         first = errors[0]
-        message = first["msg"].removeprefix("Value error, ")
-        place = list(first["loc"])
+        place, context = list(first["loc"]), first.get("ctx", {})
         if first["type"] == "unknown_key":
-            place.append(first["ctx"]["key"])
-        elif first["type"] == "missing":
-            message = "this key is missing; add it"
-            place, name = place[:-1], place[-1]
-            message = f"key {name!r} is missing; add it"
-        elif "input" in first and isinstance(first["input"], str | int | float | bool | None):
-            message = f"{message[0].lower()}{message[1:]}, not {first['input']!r}" if message else message
-            if first["type"] == "value_error":
-                message = first["msg"].removeprefix("Value error, ")
+            place.append(context["key"])
+        if first["type"] == "missing":
+            message = f"key {place.pop()!r} is missing; add it"
+        elif first["type"] in ("unknown_key", "value_error"):
+            message = first["msg"].removeprefix("Value error, ")
+        else:
+            found = repr(first.get("input"))
+            found = found if len(found) <= 60 else f"{found[:57]}..."
+            message = f"needed is {_needed(first['type'], context, first['msg'])}, not {found}"
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         return f"{self.where(place)}: {' '.join(message.split())}{more}"
+
+
+NEEDED = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite_number": "a finite number",
+    "string_type": "a text (put it in quotes)",
+    "string_pattern": "a name of letters, digits and . _ + - that begins with a letter or digit",
+    "string_too_short": "a text that is not empty",
+    "bool": "true or false",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "model": "a mapping of keys to values",
+    "dict": "a mapping of keys to values",
+    "is_instance": "a mapping of keys to values with a kind",
+    "literal": "{expected}",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "a number above {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "a number below {lt}",
+}
+"""What to write instead, by the beginning of pydantic's type of error."""
+
+
+def _needed(type: str, context: Mapping[str, Any], message: str) -> str:
+    for start in sorted(NEEDED, key=len, reverse=True):
+        if type.startswith(start):
+            return NEEDED[start].format_map(context)
+    return message.removeprefix("Input should be ")
 
 
 def read(path: Path) -> Document:

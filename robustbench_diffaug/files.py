@@ -1,4 +1,4 @@
-"""Files that users name: where they are, what they hold, and how results are written so that none is ever half there."""
+"""Files that users name: where they are and what they hold; and results, written so that none is ever half there."""
 
 import hashlib
 import os
@@ -79,7 +79,7 @@ def atomic(path: Path) -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
             Path(file.name).chmod(0o644)
-            os.replace(file.name, path)
+            Path(file.name).replace(path)
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise
@@ -115,12 +115,23 @@ class Weights(Value):
         reason = _not_safetensors(start, path.stat().st_size)
         if reason:
             raise ValueError(f"{self.uri} {reason}")
+        _whole(path, self.uri)
         if self.sha256 and found != self.sha256.lower():
             raise ValueError(
                 f"{self.uri} has sha256 {found}, not {self.sha256}: another or a damaged file; get the right one, "
                 "or write the new digest if the change is meant"
             )
         return path
+
+
+def _whole(path: Path, uri: str) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            return
+    except SafetensorError as error:
+        raise ValueError(f"{uri} is damaged or cut off: {error}") from error
 
 
 def _not_safetensors(start: bytes, size: int) -> str:

@@ -48,7 +48,7 @@ def _forwards(bench: Bench, samples: int) -> list[Metric]:
     each = bench.evaluator.forwards()
     pairs = {"denoiser": each.denoiser, "classifier": each.classifier}
     return [
-        Metric(f"forwards/{name}", "cost", samples * count, n=samples, better="lower", unit="count")
+        Metric(f"forwards/{name}", "cost", float(samples * count), n=samples, better="lower", unit="count")
         for name, count in pairs.items()
     ]
 

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from robustbench_diffaug.engine import Outcome, Task, total
 from robustbench_diffaug.evaluators.smoothing import Smoothing
@@ -26,7 +34,7 @@ class Shown:
     """A progress bar over network forwards."""
 
     bar: Progress
-    job: int | None = None
+    job: TaskID | None = None
 
     def announce(self, tasks: Sequence[Task], warnings: Sequence[str]) -> None:
         """Says what is about to be done."""
@@ -42,7 +50,7 @@ class Shown:
         """Moves the bar."""
         if self.job is not None:
             task = outcome.task
-            self.bar.update(self.job, advance=_work(task), description=f"{task.cells[0].bench} {task.dataset.name}")  # type: ignore[arg-type]
+            self.bar.update(self.job, advance=_work(task), description=f"{task.cells[0].bench} {task.dataset.name}")
 
 
 def _work(task: Task) -> float:
@@ -82,7 +90,8 @@ def plan(suite: Suite, tasks: Sequence[Task], options: Options) -> Iterator[str]
         rows = sum(len(dataset.rows()) for dataset in parts) * len(chosen)
         left = sum(len(task.rows) * len(task.cells) for task in mine)
         denoised, shown = total(mine)
-        yield f"bench {bench.name}: {len(parts)} datasets x {len(chosen)} checkpoints = {len(parts) * len(chosen)} cells"
+        counts = f"{len(parts)} datasets x {len(chosen)} checkpoints"
+        yield f"bench {bench.name}: {counts} = {len(parts) * len(chosen)} cells"
         yield f"  {rows - left:,} of {rows:,} samples are there; left: {denoised:,} denoiser forwards (shared)"
         yield f"  and {shown:,} classifier forwards"
         if isinstance(bench.evaluator, Smoothing):

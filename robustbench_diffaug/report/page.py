@@ -128,7 +128,8 @@ def _summary(metrics: pd.DataFrame) -> str:
         return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('h') else 's'}"
 
     kinds = ", ".join(str(kind) for kind in metrics["evaluator"].unique())
-    how = f"How robust {counted('checkpoint', 'image classifier')} {'is' if len(set(metrics['checkpoint'])) == 1 else 'are'}"
+    verb = "is" if metrics["checkpoint"].nunique() == 1 else "are"
+    how = f"How robust {counted('checkpoint', 'image classifier')} {verb}"
     return f"{how}: {len(metrics):,} measurements on {counted('bench', 'bench')} ({kinds})."
 
 

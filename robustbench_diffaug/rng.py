@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from scipy.special import ndtri
 
-__all__ = ["key", "normal", "permutation", "seeded", "uniform"]
+__all__ = ["global_states", "key", "normal", "permutation", "seeded", "uniform"]
 
 
 def key(*parts: object) -> int:
@@ -57,6 +57,11 @@ def normal(key: int, draws: range, shape: tuple[int, ...]) -> np.ndarray:
 def permutation(key: int, size: int) -> np.ndarray:
     """A uniformly random order of `range(size)`, by sorting `size` uniforms."""
     return np.argsort(uniform(key, range(1), (size,))[0], kind="stable")
+
+
+def global_states() -> tuple[bytes, str]:
+    """Where torch's and numpy's global generators are, to find out who has drawn from them."""
+    return torch.random.get_rng_state().numpy().tobytes(), repr(np.random.get_state())
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from robustbench_diffaug import cli
+from robustbench_diffaug import cli, rng
 from robustbench_diffaug.checkpoints.timm_model import build
-from robustbench_diffaug import rng
 
 SMOKE = (Path(__file__).parent.parent / "suites/smoke.yaml").read_text()
 NET = {"kind": "timm", "arch": "resnet10t", "args": {"channels": [4, 4, 8, 8]}, "channels": 1, "classes": 4}
@@ -60,8 +60,8 @@ CHANGES: dict[str, tuple[str, str, list[str]]] = {
     "wrong type": ("seed: 0", "seed: many", ["seed", "'many'", "whole number"]),
     "wrong type below": ("n: 128,", "n: [1],", ["n"]),
     "duplicate key": ("seed: 0", "seed: 0\nseed: 1", ["'seed' stands twice", "line 3"]),
-    "unknown kind": ("kind: smoothing", "kind: smothing", ["no evaluator is called 'smothing'", "did you mean smoothing?"]),
-    "unknown dataset": ("- {kind: mixture, name: mixture, group: clean, size: 16}", "- {kind: imagenet}", ["no dataset"]),
+    "unknown kind": ("kind: smoothing", "kind: smothing", ["no evaluator is called 'smothing'", "mean smoothing?"]),
+    "unknown dataset": ("{kind: mixture, name: mixture, group: clean, size: 16}", "{kind: imagenet}", ["no dataset"]),
     "no kind": ("{kind: smoothing, ", "{", ["needs a kind"]),
     "unknown corruption": ("[gaussian_noise, contrast]", "[gaussian_nose]", ["did you mean gaussian_noise?"]),
     "severity": ("severities: [5]", "severities: [6]", ["severit", "6"]),
@@ -105,7 +105,7 @@ def test_files_that_are_no_suites(rdiff: Command, tmp_path: Path) -> None:
     one_line(rdiff("run", "quickstrat"), "did you mean quickstart?")
     bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
     names = "abcdefghijklmno"
-    bomb += "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip(names, names[1:], strict=False))
+    bomb += "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in pairwise(names))
     contents = {
         "list.yaml": b"- 1\n",
         "empty.yaml": b"",
@@ -129,7 +129,7 @@ def with_network(**more: Any) -> None:
 
 def good_weights(classes: int = 4) -> dict[str, torch.Tensor]:
     with rng.seeded(1):
-        network = build(NET["arch"], (("channels", (4, 4, 8, 8)),), 1, classes)
+        network = build("resnet10t", (("channels", (4, 4, 8, 8)),), 1, classes)
     return {name: value.clone() for name, value in network.state_dict().items()}
 
 
@@ -218,7 +218,8 @@ def test_channels_that_do_not_fit(rdiff: Command) -> None:
     save_file(good_weights(), "w.safetensors")
     with_network(channels=3)
     one_line(rdiff("run", "suite.yaml"), "have 1 channels, checkpoint net takes 3")
-    Path("suite.yaml").write_text(SMOKE.replace("&exact {kind: mixture}", "&exact {kind: mixture, spec: {channels: 3}}"))
+    coloured = "&exact {kind: mixture, spec: {channels: 3}}"
+    Path("suite.yaml").write_text(SMOKE.replace("&exact {kind: mixture}", coloured))
     one_line(rdiff("run", "suite.yaml"), "have 1 channels, the denoiser 3")
 
 

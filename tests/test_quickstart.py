@@ -21,7 +21,12 @@ def rdiff(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         # No proxy, no hub: whatever would reach out fails at once.
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"},
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "https_proxy": "http://127.0.0.1:9",
+            "http_proxy": "http://127.0.0.1:9",
+        },
     )
 
 
@@ -58,7 +63,7 @@ class TestQuickstart:
 
     def test_the_ensemble_beats_the_plain_network_on_noise(self, figures: pd.DataFrame) -> None:
         for _, diffaug in PAIRS:
-            assert figures.loc[(diffaug, "de/gain/mean-noise", "noise"), "low"] > 0
+            assert figures.loc[(diffaug, "de/gain/mean-noise", "noise")]["low"] > 0
 
     def test_a_second_run_computes_nothing(self, finished: tuple[Path, str]) -> None:
         root = finished[0] / "reports/quickstart"

@@ -129,8 +129,13 @@ def test_two_runs_at_the_same_time_do_no_damage(tmp_path: Path, whole: tuple[Pat
 
 def counted(loaded: Loaded, root: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """Runs a suite; the number of tasks that it took."""
-    calls = []
-    monkeypatch.setattr("robustbench_diffaug.executors.run", lambda task: calls.append(task) or engine.run(task))
+    calls: list[engine.Task] = []
+
+    def run(task: engine.Task) -> engine.Outcome:
+        calls.append(task)
+        return engine.run(task)
+
+    monkeypatch.setattr("robustbench_diffaug.executors.run", run)
     runs.execute(loaded, runs.Options(root))
     return len(calls)
 
@@ -178,7 +183,7 @@ def test_what_a_run_folder_holds(tmp_path: Path, whole: tuple[Path, dict[str, by
     manifest = json.loads((root / "manifest.json").read_text())
     assert manifest["schema_version"] == 1
     assert manifest["suite"] == {"name": "smoke", "digest": load(str(whole[0])).suite.digest, "seed": 0}
-    for key in ("versions", "device", "threads", "checkpoints", "denoisers", "datasets", "benches", "seconds", "notices"):
+    for key in "versions device threads checkpoints denoisers datasets benches seconds notices".split():
         assert manifest[key] or key == "notices"
     assert manifest["failures"] == done.failures == []
     again = load(str(root / "suite.lock.yaml"))

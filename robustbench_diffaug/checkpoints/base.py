@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from robustbench_diffaug import rng
 from robustbench_diffaug.batch import Limits
 from robustbench_diffaug.checkpoints.model import Model
 from robustbench_diffaug.component import Component, Outside, Value, fingerprint
@@ -102,7 +103,8 @@ def _loaded(
     identity: str,  # so that changed files are loaded anew
     device: str,
 ) -> Model:
-    network = checkpoint.load().eval().requires_grad_(False)
+    with rng.seeded(rng.key("load", identity)):  # a network may be built with random weights before it has its own
+        network = checkpoint.load().eval().requires_grad_(False)
     dtype: torch.dtype = getattr(torch, checkpoint.precision)
     network.to(device=device, dtype=dtype)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks the keyword

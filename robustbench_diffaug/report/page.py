@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from robustbench_diffaug.report import figures, glossary, sections
 from robustbench_diffaug.report.cells import Table, flat, plain, table_of
@@ -43,7 +42,7 @@ class Legend(NamedTuple):
     """The line of a checkpoint in every chart."""
 
     checkpoint: str
-    svg: Markup
+    svg: str
 
 
 def _mappings(manifest: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
@@ -149,9 +148,7 @@ def _context(metrics: pd.DataFrame, manifest: Mapping[str, Any], costs: pd.DataF
         "board": board,
         "shifts": shifts,
         "curves": curves,
-        "legend": [Legend(name, Markup(figures.swatch(styles[name], f"line-{styles[name]}"))) for name in styles]
-        if curves
-        else [],
+        "legend": [Legend(name, figures.swatch(style, f"line-{style}")) for name, style in styles.items()],
         "smoothing": smoothing,
         "others": sections.others(metrics, used),
         "benches": [
@@ -182,5 +179,5 @@ def render(metrics: pd.DataFrame, manifest: Mapping[str, Any], costs: pd.DataFra
     script = environment.get_template("page.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     context = _context(metrics.reset_index(drop=True), manifest, costs)
-    page = environment.get_template("index.html.j2").render(context, script=Markup(script), script_digest=digest)
+    page = environment.get_template("index.html.j2").render(context, script=script, script_digest=digest)
     return page.encode("utf-8", "replace").decode()  # a lone surrogate in a name must not break the writing of the file

@@ -141,8 +141,7 @@ class Component(Value, ABC):
             return handler(data)
         kind = data.get("kind")
         if not isinstance(kind, str):
-            noun = _noun(cls)
-            raise ValueError(f"a {noun} needs a kind, one of {', '.join(kinds(cls))}")
+            raise ValueError(f"{_article(cls)} needs a kind, one of {', '.join(kinds(cls))}")
         found = find(cls, kind)
         if (found.runs_code or ":" in kind) and not _trusted.get():
             raise ValueError(f"kind {kind} runs code that this file names; if you trust it, add --trust")
@@ -165,6 +164,10 @@ C = TypeVar("C", bound=Component)
 
 def _noun(family: type[Component]) -> str:
     return family.family.rpartition(".")[2].removesuffix("s")
+
+
+def _article(family: type[Component]) -> str:
+    return f"{'an' if _noun(family)[0] in 'aeiou' else 'a'} {_noun(family)}"
 
 
 @cache
@@ -196,5 +199,5 @@ def find(family: type[C], kind: str) -> type[C]:
         except ImportError as error:
             raise ValueError(f"the plug-in {kind} ({known[kind].value}) cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, family)):
-        raise ValueError(f"{kind} is not a {_noun(family)}")
+        raise ValueError(f"{kind} is not {_article(family)}")
     return found

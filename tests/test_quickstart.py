@@ -7,10 +7,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import pandas as pd
 import pytest
 
+Figures: TypeAlias = dict[tuple[str, str, str], dict[Any, Any]]
 PAIRS = [("resnet-standard", "resnet-standard+diffaug"), ("vit-standard", "vit-standard+diffaug")]
 
 
@@ -39,9 +41,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, s
 
 
 @pytest.fixture(scope="module")
-def figures(finished: tuple[Path, str]) -> pd.DataFrame:
+def figures(finished: tuple[Path, str]) -> Figures:
     frame = pd.read_csv(finished[0] / "reports/quickstart/metrics.csv")
-    return frame.set_index(["checkpoint", "metric", "group"])
+    return {(row["checkpoint"], row["metric"], row["group"]): row for row in frame.to_dict("records")}
 
 
 @pytest.mark.timeout(1500)
@@ -55,15 +57,15 @@ class TestQuickstart:
         check = subprocess.run(["sha256sum", "--quiet", "-c", "digests.txt"], cwd=root, capture_output=True, text=True)
         assert check.returncode == 0, check.stdout
 
-    def test_diffaug_beats_its_plain_twin(self, figures: pd.DataFrame) -> None:
+    def test_diffaug_beats_its_plain_twin(self, figures: Figures) -> None:
         for plain, diffaug in PAIRS:
-            worse = figures.loc[(plain, "accuracy/mean", "corruptions")]
-            better = figures.loc[(diffaug, "accuracy/mean", "corruptions")]
+            worse = figures[(plain, "accuracy/mean", "corruptions")]
+            better = figures[(diffaug, "accuracy/mean", "corruptions")]
             assert better["low"] > worse["high"], (plain, worse, better)
 
-    def test_the_ensemble_beats_the_plain_network_on_noise(self, figures: pd.DataFrame) -> None:
+    def test_the_ensemble_beats_the_plain_network_on_noise(self, figures: Figures) -> None:
         for _, diffaug in PAIRS:
-            assert figures.loc[(diffaug, "de/gain/mean-noise", "noise")]["low"] > 0
+            assert figures[(diffaug, "de/gain/mean-noise", "noise")]["low"] > 0
 
     def test_a_second_run_computes_nothing(self, finished: tuple[Path, str]) -> None:
         root = finished[0] / "reports/quickstart"

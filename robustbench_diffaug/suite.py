@@ -179,7 +179,7 @@ def _entries(file: Path, trust: bool) -> tuple[tuple[Checkpoint, ...], str]:
     with trusting(trust):
         if isinstance(found.data, list):
             return found.validate(tuple[Checkpoint, ...], context), found.where(())
-        return (found.validate(Checkpoint, context),), found.where(())  # type: ignore[type-abstract]
+        return (found.validate(Checkpoint, context),), found.where(())
 
 
 def _limited(bench: Bench, limit: int) -> Bench:

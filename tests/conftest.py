@@ -1,33 +1,41 @@
-"""What every test runs under."""
+"""For all tests: no network, one thread, and the option --full."""
 
-import socket
-from typing import Any
+import sys
+from collections.abc import Sequence
 
 import pytest
-import torch
 
-import robustbench_diffaug.torchvision_guard  # noqa: F401  (before timm and diffusers, whoever imports them first)
-
-torch.set_num_threads(1)
+LOOPBACK = ("127.", "::1", "localhost")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="the long simulations and the whole of the fuzzing")
+    parser.addoption("--full", action="store_true", help="run the long simulations and all of the fuzzing")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, so that two workers end together."""
-    items.sort(key=lambda item: item.path.name not in ("test_quickstart.py", "test_bundled.py", "test_runs.py"))
+def pytest_sessionstart() -> None:
+    sys.addaudithook(_refuse_network)
+    # Not above: jaxtyping must see the package's first import.
+    import robustbench_diffaug.torchvision_guard  # noqa: F401  # isort: skip
+    import torch
+
+    torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    connect = socket.socket.connect
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether the long simulations are wanted."""
+    return bool(request.config.getoption("--full"))
 
-    def only_here(self: socket.socket, address: Any) -> None:
-        host = address[0] if isinstance(address, tuple) else "localhost"
-        if host not in ("127.0.0.1", "::1", "localhost"):
-            raise AssertionError(f"a test reached for {host}")
-        connect(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", only_here)
+def _refuse_network(event: str, arguments: Sequence[object]) -> None:
+    """Lets Python's sockets reach this machine alone."""
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+        address = arguments[1]
+        host = address[0] if isinstance(address, tuple) else None  # a text or bytes is a Unix socket's path
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        host = arguments[0]
+    else:
+        return
+    name = host.decode() if isinstance(host, bytes) else host
+    if isinstance(name, str) and name and not name.startswith(LOOPBACK):
+        raise RuntimeError(f"a test reached for {name}; tests use no network")

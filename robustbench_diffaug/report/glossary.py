@@ -171,7 +171,7 @@ ENTRIES = (
     Entry(
         "forwards/…",
         r"(forwards|backwards)/.+",
-        "calls of a network, counted per image: what a figure costs, on any machine.",
+        "images that went through a network: what the figures cost, on any machine.",
     ),
 )
 

@@ -80,6 +80,11 @@ def unit_name(unit: str) -> str:
     return UNITS.get(unit, unit)
 
 
+def _unit(cell: Cell) -> str:
+    """The unit of a cell; a difference of percentages is in points."""
+    return "percentage points" if cell.signed and cell.unit == "fraction" else unit_name(cell.unit)
+
+
 def _bars(cells: Sequence[Cell]) -> Callable[[Cell], tuple[float, float, float] | None]:
     """Where each interval begins, ends and has its value, in percent of the range that all of them span."""
     ends = [end for cell in cells for end in (cell.low, cell.high, cell.value) if isfinite(end)]
@@ -109,7 +114,7 @@ def board(metrics: pd.DataFrame, used: set[Hashable]) -> Board | None:
         cells = {str(key[0]): cell for key, cell in _cells(rows, "checkpoint").items()}
         bar, first = _bars(list(cells.values())), next(iter(cells.values()))
         samples = {cell.samples for cell in cells.values()}
-        headings.append(Heading(name, unit_name(first.unit), first.better, samples.pop() if len(samples) == 1 else ""))
+        headings.append(Heading(name, _unit(first), first.better, samples.pop() if len(samples) == 1 else ""))
         texts = dict(zip(ranks["checkpoint"], ranks[f"{name}_rank"], strict=True))
         found = {checkpoint: cells.get(checkpoint) for checkpoint in texts}
         columns.append(
@@ -242,8 +247,6 @@ def others(metrics: pd.DataFrame, used: set[Hashable]) -> list[Table]:
         pairs = dict.fromkeys(key[:2] for key in cells)
         checkpoints = list(rows["checkpoint"].unique())
         grid = [(str(m), str(g), [cells.get((m, g, c)) for c in checkpoints]) for m, g in pairs]
-        lines = [
-            Row(metric, f"{group}, {unit_name(next(c.unit for c in row if c))}", row) for metric, group, row in grid
-        ]
+        lines = [Row(metric, f"{group}, {_unit(next(c for c in row if c))}", row) for metric, group, row in grid]
         made.append(Table(f"{front}other metrics", "metric", [str(c) for c in checkpoints], lines))
     return made

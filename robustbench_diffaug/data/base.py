@@ -66,6 +66,10 @@ class Dataset(Component, ABC):
         """The datasets that an entry stands for. Default: itself; a grid of corruptions has many."""
         return (self,)
 
+    def population(self) -> int:
+        """The number of images that the subset is one of. Default: all that `open` gives."""
+        return self.available()
+
     @abstractmethod
     def contents(self) -> str:
         """A digest of the data."""
@@ -98,7 +102,7 @@ class Dataset(Component, ABC):
     def declared(self) -> Declared:
         """What records say of it."""
         origin, group = self.origin or self.name, self.group or self.name
-        return Declared(self.name, origin, group, self.severity, len(self.rows()), self.available())
+        return Declared(self.name, origin, group, self.severity, len(self.rows()), self.population())
 
 
 @lru_cache(maxsize=32)

@@ -47,6 +47,10 @@ class Corrupted(Dataset):
 
     _check_name = field_validator("corruption")(_known)
 
+    def population(self) -> int:
+        """The base's."""
+        return self.base.population()
+
     def contents(self) -> str:
         """The base's."""
         return self.base.contents()

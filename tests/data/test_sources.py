@@ -1,0 +1,107 @@
+"""Images from files, in the formats people have, and corrupted versions of any of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from robustbench_diffaug import rng
+from robustbench_diffaug.data.corrupted import Corrupted, Corruptions
+from robustbench_diffaug.data.corruptions import corrupt
+from robustbench_diffaug.data.embedded import Mnist5k
+from robustbench_diffaug.data.sources import Arrays, Folder
+
+PIXELS = (rng.uniform(rng.key("pixels"), range(6), (12, 10, 3)) * 256).astype(np.uint8)
+LABELS = np.arange(6) % 3
+
+
+def expected(rows: list[int]) -> torch.Tensor:
+    return torch.from_numpy(PIXELS[rows]).permute(0, 3, 1, 2).float() / 255
+
+
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+@pytest.mark.parametrize("form", ["npy", "npz", "compressed"])
+def test_arrays(form: str, layout: str, tmp_path: Path) -> None:
+    images = PIXELS if layout == "nhwc" else PIXELS.transpose(0, 3, 1, 2)
+    if form == "npy":
+        np.save(tmp_path / "i.npy", images)
+        np.save(tmp_path / "l.npy", LABELS)
+        files = {"images": str(tmp_path / "i.npy"), "labels": str(tmp_path / "l.npy")}
+    else:
+        save = np.savez if form == "npz" else np.savez_compressed
+        save(tmp_path / "a.npz", images=images, labels=LABELS)
+        files = {"file": str(tmp_path / "a.npz")}
+    dataset = Arrays.model_validate({"name": "a", "layout": layout, **files})
+    found, labels = dataset.opened().read([5, 0, 3])
+    assert torch.equal(found, expected([5, 0, 3]))
+    assert labels.tolist() == [2, 0, 0]
+    assert dataset.available() == 6
+
+
+def test_stored_arrays_are_mapped_and_not_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=PIXELS, labels=LABELS.astype(np.int32))
+    from robustbench_diffaug.data.sources import _member
+
+    array = _member(tmp_path / "a.npz", "images")
+    assert not array.flags.owndata
+    assert np.array_equal(array, PIXELS)
+    fortran = np.asfortranarray(PIXELS)
+    np.savez(tmp_path / "f.npz", images=fortran)
+    assert np.array_equal(_member(tmp_path / "f.npz", "images"), PIXELS)
+
+
+def test_grey_and_float_arrays(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=PIXELS[..., 0].astype(np.float32) / 255, labels=LABELS)
+    found, _ = Arrays(name="a", file=str(tmp_path / "a.npz")).opened().read([1])
+    assert torch.allclose(found, expected([1])[:, :1])
+
+
+def test_folders(tmp_path: Path) -> None:
+    for row in range(6):
+        (tmp_path / f"class{LABELS[row]}").mkdir(exist_ok=True)
+        Image.fromarray(PIXELS[row]).save(tmp_path / f"class{LABELS[row]}" / f"{row}.png")
+    (tmp_path / "class0" / "notes.txt").write_text("no image")
+    dataset = Folder(name="f", root=str(tmp_path))
+    source = dataset.opened()
+    assert source.ids[:2] == ["class0/0.png", "class0/3.png"]
+    found, labels = source.read([1, 2])
+    assert torch.equal(found, expected([3, 1]))
+    assert labels.tolist() == [0, 1]
+    turned = Folder(name="f", root=str(tmp_path), folders=("class2", "class0", "class1"))
+    assert turned.opened().read([0])[1].tolist() == [0]
+    assert turned.opened().ids[0] == "class2/2.png"
+    cropped = Folder(name="f", root=str(tmp_path), crop=8).opened().read([0])[0]
+    assert torch.equal(cropped, expected([0])[:, :, 2:10, 1:9])
+    resized = Folder(name="f", root=str(tmp_path), resize=20, crop=16).opened().read([0])[0]
+    assert resized.shape == (1, 3, 16, 16)
+    before = dataset.contents()
+    Image.new("RGB", (10, 12)).save(tmp_path / "class1" / "new.png")
+    assert dataset.contents() != before
+
+
+def test_class_folders_cannot_lead_away(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/link").symlink_to(tmp_path / "outside")
+    for name in ("../outside", "link"):
+        with pytest.raises(ValueError, match="no folder of class"):
+            Folder(name="f", root=str(tmp_path / "root"), folders=(name,)).open()
+
+
+def test_a_grid_stands_for_its_parts() -> None:
+    base = Mnist5k(group="clean", limit=4)
+    grid = Corruptions(base=base, corruptions=("fog", "shot_noise"), severities=(1, 5), constants="imagenet-c")
+    names = [part.declared().name for part in grid.parts()]
+    assert names == ["mnist5k/fog@s1", "mnist5k/fog@s5", "mnist5k/shot_noise@s1", "mnist5k/shot_noise@s5"]
+    part = grid.parts()[3].declared()
+    assert (part.origin, part.group, part.severity, part.n, part.n_available) == ("mnist5k", "shot_noise", 5, 4, 1000)
+    found, labels = grid.parts()[3].opened().read([2, 0])
+    source = base.opened()
+    images, classes = source.read([2, 0])
+    keys = [rng.key("corruption", 0, "shot_noise", 5, source.ids[row]) for row in (2, 0)]
+    assert torch.equal(found, corrupt(images, "shot_noise", 5, "imagenet-c", keys))
+    assert torch.equal(labels, classes)
+    other = Corrupted(name="x", base=base, corruption="shot_noise", constants="imagenet-c", draw=1)
+    assert not torch.equal(other.opened().read([2, 0])[0], found)

@@ -9,7 +9,6 @@ References:
     Parallel Random Numbers: As Easy as 1, 2, 3 (Salmon et al., SC 2011), https://doi.org/10.1145/2063384.2063405
 """
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -79,15 +78,3 @@ def seeded(key: int) -> Iterator[None]:
             yield
         finally:
             np.random.set_state(numpy_state)
-
-
-def elsewhere() -> str:
-    """A digest of where torch's, numpy's and Python's global generators stand; it changes when any of them is used."""
-    states = (torch.get_rng_state().tolist(), np.random.get_state(legacy=False), random.getstate())
-    return blake2b("\x1f".join(map(_text, states)).encode(), digest_size=16).hexdigest()
-
-
-def _text(state: object) -> str:
-    if isinstance(state, dict):
-        return str(sorted((name, _text(value)) for name, value in state.items()))
-    return str(state.tolist() if isinstance(state, np.ndarray) else state)

@@ -1,22 +1,22 @@
-"""Conformance: what the engine relies on, as checks that authors of plug-ins call in their own tests.
+"""The conformance suite: what authors of datasets, denoisers, checkpoints and evaluators run on their own classes.
 
-`check_evaluator(Mine(n=16))` is such a test. Give values with small settings: an evaluator is run about twenty times.
+Each check raises AssertionError with a sentence that says which promise is broken.
 """
 
+import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from math import isfinite, isnan
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Literal, TypeVar, get_args, get_origin
 
 import numpy as np
 import torch
 import yaml
-from jaxtyping import Float
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -24,171 +24,143 @@ from robustbench_diffaug import rng
 from robustbench_diffaug.batch import Batch, Columns, Limits
 from robustbench_diffaug.checkpoints.base import Checkpoint
 from robustbench_diffaug.checkpoints.bayes import Bayes
-from robustbench_diffaug.checkpoints.model import Model
 from robustbench_diffaug.component import Component, Outside, Value, trusting
-from robustbench_diffaug.data.base import Dataset, Images
+from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.data.synthetic import Mixture
 from robustbench_diffaug.diffusion.base import Denoise, Denoiser, Posterior, Sigma
-from robustbench_diffaug.engine import Task, run
 from robustbench_diffaug.evaluators.base import Evaluator
 from robustbench_diffaug.files import path_of
-from robustbench_diffaug.mixture import MixtureSpec
-from robustbench_diffaug.records import INDEX, Records
-from robustbench_diffaug.store import Cell, Store
+from robustbench_diffaug.records import INDEX, Records, from_table, to_table
 
 __all__ = ["check_checkpoint", "check_dataset", "check_denoiser", "check_evaluator"]
 
-SAMPLES = 7
-SEED = 3
-WHOLE = Limits(batch=SAMPLES)
-ORDER = (4, 2, 6, 0, 1, 5, 3)
-C = TypeVar("C", bound=Component)
+Rows = dict[str, dict[str, np.ndarray]]
+"""The columns of each sample by its id."""
 V = TypeVar("V", bound=Value)
 
 
-def _require(holds: bool, sentence: str) -> None:
-    """An assertion that `python -O` keeps."""
-    if not holds:
-        raise AssertionError(sentence)
+def check_evaluator(evaluator: Evaluator, dataset: Dataset | None = None) -> None:
+    """An evaluator's records depend on the samples and on the seed, and on nothing else.
+
+    Arguments:
+        evaluator: With settings that make it cheap.
+        dataset: Some images that it fits; left out, those of a Gaussian mixture with four classes.
+    """
+    check_value(evaluator)
+    evaluator.check()
+    source = dataset or Mixture(name="check", group="clean", size=7)
+    count = len(source.rows())
+    networks = [Bayes(id="a", classes=4, temperature=0.01), Bayes(id="b", classes=4, temperature=0.01, tilt=2.0)]
+    with _generators_unmoved(evaluator.kind):
+        whole = _evaluate(evaluator, source, networks, [range(count)])
+    for name, parts, limits in (
+        ("when it is run", [range(count)], Limits()),
+        ("batches of 1", [range(row, row + 1) for row in range(count)], Limits()),
+        ("batches of 3", [range(row, min(row + 3, count)) for row in range(0, count, 3)], Limits()),
+        ("a budget of 8 images", [range(count)], Limits(budget=8)),
+        ("the order of ranges", [range(count // 2, count), range(count // 2)], Limits()),
+        ("the other order of samples", [range(count - 1, -1, -1)], Limits()),
+    ):
+        _same(whole, _evaluate(evaluator, source, networks, parts, limits), f"{evaluator.kind} depends on {name}")
+    alone = _evaluate(evaluator, source, networks[1:], [range(count)])
+    _same({"b": whole["b"]}, alone, f"{evaluator.kind} depends on the checkpoints beside")
+    turned = _evaluate(evaluator, source, networks[::-1], [range(count)])
+    _same(whole, turned, f"{evaluator.kind} depends on the order of the checkpoints")
+    for name, other in _changed(evaluator, outside=True):
+        found = _evaluate(other, source, networks, [range(count)])
+        _same(whole, found, f"{evaluator.kind} depends on {name}, which is marked Outside")
+    _check_forwards(evaluator, source)
+    _check_metrics(evaluator, source, networks[0])
 
 
-# --- every component
+def _evaluate(
+    evaluator: Evaluator,
+    dataset: Dataset,
+    networks: Sequence[Checkpoint],
+    parts: Sequence[range],
+    limits: Limits = Limits(),  # noqa: B008  (a frozen value)
+) -> dict[str, Rows]:
+    """Each checkpoint's rows, evaluated in the given ranges of positions."""
+    found: dict[str, Rows] = {network.id: {} for network in networks}
+    for part in parts:
+        batch = _batch(dataset, part, limits)
+        seen: dict[str, dict[str, list[Columns]]] = {network.id: defaultdict(list) for network in networks}
+        with torch.no_grad():
+            for view in evaluator.views(batch):
+                shape = tuple(view.images.shape)
+                assert view.images.ndim == 5 and shape[0] == len(part), (
+                    f"view {view.name} has shape {shape}; needed is (samples, draws, channels, height, width)"
+                )
+                given = view.images.clone()
+                for network in networks:
+                    columns = evaluator.observe(network.loaded(limits), view, batch)
+                    _check_columns(evaluator, columns, len(part))
+                    seen[network.id][view.name].append(columns)
+                assert torch.equal(given, view.images), (
+                    f"{evaluator.kind} changes the images of view {view.name} in place; all checkpoints are shown them"
+                )
+            for network in networks:
+                columns = evaluator.record(seen[network.id], batch)
+                _check_columns(evaluator, columns, len(part))
+                taken = columns.keys() & set(INDEX)
+                assert not taken, f"{evaluator.kind} records {sorted(taken)[0]}, which every record has; rename it"
+                for row, id in enumerate(batch.ids):
+                    found[network.id][id] = {name: column[row].numpy() for name, column in columns.items()}
+    return found
 
 
-def _check_value(value: Component) -> None:
-    """A frozen, hashable value that YAML holds, with a fingerprint of what records depend on."""
-    kind, name = type(value), type(value).__name__
-    default = kind.model_fields["kind"].default
-    _require(default == value.kind, f'{name} has no kind of its own; write `kind: Literal["mine"] = "mine"`')
-    for field, about in kind.model_fields.items():
-        sentence = f"field {field} of {name} is a dict, list or set, which cannot be hashed; use a tuple, or Options"
-        _require(not _mutable(about.annotation), sentence)
-    try:
-        hash(value)
-    except TypeError as error:
-        raise AssertionError(f"{name} cannot be hashed ({error}); all of its fields must be") from error
-    try:
-        text = yaml.safe_dump(value.model_dump(mode="json", serialize_as_any=True))
-        with trusting(True):
-            again = kind.model_validate(yaml.safe_load(text))
-    except (ValidationError, ValueError, yaml.YAMLError) as error:
-        raise AssertionError(f"{name} cannot be written as YAML and read again: {error}") from error
-    _require(again == value, f"{name} is another value after it was written as YAML and read again: {again!r}")
-    stable = len({value.fingerprint, value.fingerprint, again.fingerprint}) == 1
-    _require(stable, f"the fingerprint of {name} is not stable: equal values must have one and the same")
-    for field, about in kind.model_fields.items():
-        outside = Outside in about.metadata
-        rule = "marked Outside and changes" if outside else "not marked Outside and does not change"
-        try:
-            same = all(other.fingerprint == value.fingerprint for other in _others(value, field))
-            moved = any(other.fingerprint != value.fingerprint for other in _others(value, field))
-        except (ValueError, OSError):  # the other value names a file that is not there
-            continue
-        _require(same if outside else moved or not _others(value, field), f"{field} of {name} is {rule} the fingerprint")
+def _batch(dataset: Dataset, part: range, limits: Limits) -> Batch:
+    source, rows = dataset.opened(), dataset.rows()
+    images, labels = source.read([rows[row] for row in part])
+    return Batch(dataset.name, tuple(source.ids[rows[row]] for row in part), images, labels, 0, limits)
 
 
-def _mutable(annotation: object) -> bool:
-    origin = get_origin(annotation) or annotation
-    wrong = isinstance(origin, type) and issubclass(origin, Mapping | Set | list | bytearray)
-    return wrong or any(map(_mutable, get_args(annotation)))
+def _check_columns(evaluator: Evaluator, columns: Columns, count: int) -> None:
+    assert columns, f"{evaluator.kind} records no column"
+    for name, column in columns.items():
+        assert isinstance(column, Tensor), f"column {name} of {evaluator.kind} is no tensor"
+        assert column.ndim > 0 and len(column) == count, (
+            f"column {name} of {evaluator.kind} has shape {tuple(column.shape)} for {count} samples; "
+            "the sample is the first axis"
+        )
 
 
-def _others(value: C, field: str) -> list[C]:
-    """The value with another value in a plain field; none where nothing comes to mind."""
-    now = getattr(value, field)
-    if field == "kind" or now is None or isinstance(now, Value):
-        return []
-    if isinstance(now, bool):
-        other: object = not now
-    elif isinstance(now, int | float):
-        other = type(now)(now + 1 if isinstance(now, int) else now / 2 or 1.0)
-    else:
-        other = now + "x" if isinstance(now, str) else now[:-1]
-    return [value.model_copy(update={field: other})] if other != now else []
+def _same(expected: Mapping[str, Rows], found: Mapping[str, Rows], message: str) -> None:
+    for network, rows in expected.items():
+        for id, columns in rows.items():
+            for name, value in columns.items():
+                other = found[network][id][name]
+                assert value.dtype == other.dtype and np.array_equal(value, other, equal_nan=value.dtype.kind == "f"), (
+                    f"{message}: column {name} of sample {id} is {other}, not {value}"
+                )
 
 
-def _check_location(value: C, load: Callable[[C], object]) -> None:
-    """Files may be moved, and may not be changed."""
-    name = type(value).__name__
-    for fields, place in _located(value):
-        dotted = ".".join(fields)
-        with TemporaryDirectory() as folder:
-            copy = Path(folder, place.name)
-            (shutil.copytree if place.is_dir() else shutil.copy2)(place, copy)
-            moved = _replaced(value, fields, str(copy))
-            sentence = f"the fingerprint of {name} changes when its files lie elsewhere ({dotted}); it must not"
-            _require(moved.fingerprint == value.fingerprint, sentence)
-            largest = max((path for path in (copy, *copy.rglob("*")) if path.is_file()), key=lambda p: p.stat().st_size)
-            content = largest.read_bytes()
-            largest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-            try:
-                noticed = moved.fingerprint != value.fingerprint or load(moved) is None
-            except ValueError:
-                noticed = True
-            sentence = f"{name} does not notice that its files have changed ({dotted}); digest them in `contents`"
-            _require(noticed, sentence)
-
-
-def _located(value: Value) -> Iterator[tuple[tuple[str, ...], Path]]:
-    """The fields that say where files are."""
-    for name, about in type(value).model_fields.items():
-        found = getattr(value, name)
-        if isinstance(found, Value):
-            yield from (((name, *fields), place) for fields, place in _located(found))
-        elif isinstance(found, str) and found and name != "id" and Outside in about.metadata:
-            if path_of(found).exists():
-                yield (name,), path_of(found)
-
-
-def _replaced(value: V, fields: Sequence[str], new: object) -> V:
-    first, *below = fields
-    return value.model_copy(update={first: _replaced(getattr(value, first), below, new) if below else new})
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    found = blake2b(digest_size=16)
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def _unmoved(what: str, before: str) -> None:
-    sentence = f"{what} moves a global random generator; take all randomness from Batch.noise, Batch.uniform or rng"
-    _require(rng.elsewhere() == before, sentence)
-
-
-def _pictures(channels: int) -> Tensor:
-    dataset = Mixture(spec=MixtureSpec(channels=channels), size=SAMPLES)
-    return dataset.opened().read(range(SAMPLES))[0]
-
-
-# --- evaluators
-
-
-class _Shuffled(Dataset):
-    """The same samples at other positions."""
-
-    kind: Literal["shuffled"] = "shuffled"
-    base: Dataset
-
-    def contents(self) -> str:
-        """The base's."""
-        return self.base.contents()
-
-    def open(self) -> Images:
-        """The base's images in the order of ORDER."""
-        source = self.base.opened()
-        return Images([source.ids[row] for row in ORDER], lambda rows: source.read([ORDER[row] for row in rows]))
+def _check_forwards(evaluator: Evaluator, dataset: Dataset) -> None:
+    fields = {name: getattr(evaluator, name) for name in type(evaluator).model_fields}
+    counting = {name: _Counting(base=found) for name, found in fields.items() if isinstance(found, Denoiser)}
+    watched = evaluator.model_copy(update=counting)
+    loaded = [denoiser.loaded(Limits()) for denoiser in counting.values()]
+    counters = {id(found): found for found in loaded if isinstance(found, _Counter)}.values()
+    before = sum(counter.images for counter in counters)
+    with torch.no_grad():
+        shown = sum(view.images.shape[1] for view in watched.views(_batch(dataset, range(1), Limits())))
+    made, stated = sum(counter.images for counter in counters) - before, evaluator.forwards()
+    assert shown == stated.classifier, (
+        f"{evaluator.kind} shows {shown} images a sample, and forwards() says {stated.classifier}"
+    )
+    assert made == stated.denoiser, (
+        f"{evaluator.kind} denoises {made} images a sample, and forwards() says {stated.denoiser}"
+    )
 
 
 @dataclass
 class _Counter:
-    """Counts what a denoiser is given."""
+    """Counts the images that a denoiser is given."""
 
     denoise: Denoise
     images: int = 0
 
-    def __call__(self, noisy: Float[Tensor, "*n c h w"], sigma: Sigma) -> Posterior:
+    def __call__(self, noisy: Tensor, sigma: Sigma) -> Posterior:
         self.images += noisy.shape[:-3].numel()
         return self.denoise(noisy, sigma)
 
@@ -199,327 +171,249 @@ class _Counting(Denoiser):
     kind: Literal["counting"] = "counting"
     base: Denoiser
 
-    def sigmas(self) -> Float[np.ndarray, " t"]:
+    def sigmas(self) -> np.ndarray:
         """The base's."""
         return self.base.sigmas()
-
-    def channels(self) -> int | None:
-        """The base's."""
-        return self.base.channels()
 
     def load(self, device: torch.device) -> Denoise:
         """The base's, in a counter."""
         return _Counter(self.base.load(device))
 
 
-def check_evaluator(evaluator: Evaluator, spec: MixtureSpec | None = None) -> None:
-    """Runs an evaluator on synthetic images and linear networks, in all the ways in which records must not differ.
+def _check_metrics(evaluator: Evaluator, dataset: Dataset, network: Checkpoint) -> None:
+    batch, declared = _batch(dataset, range(len(dataset.rows())), Limits()), dataset.declared()
+    seen: dict[str, list[Columns]] = defaultdict(list)
+    with torch.no_grad():
+        for view in evaluator.views(batch):
+            seen[view.name].append(evaluator.observe(network.loaded(batch.limits), view, batch))
+        table = to_table(batch, declared, evaluator.record(seen, batch))
+    records = Records(from_table(table), (declared,))
+    figures = list(evaluator.metrics(records))
+    again = list(evaluator.metrics(records))
+    assert figures, f"{evaluator.kind} has no metric"
+    assert str(figures) == str(again), f"the metrics of {evaluator.kind} differ when they are computed again"
+    names = [(figure.name, figure.group) for figure in figures]
+    assert len(set(names)) == len(names), f"{evaluator.kind} gives two metrics of one name and group"
+    for figure in figures:
+        assert isfinite(figure.value), (
+            f"{figure.name} of {evaluator.kind} is {figure.value}; leave out what cannot be computed"
+        )
+        assert isnan(figure.low) == isnan(figure.high), f"{figure.name} of {evaluator.kind} has half an interval"
+        inside = isnan(figure.low) or figure.low <= figure.value <= figure.high
+        assert inside, f"{figure.name} of {evaluator.kind} is {figure.value}, outside [{figure.low}, {figure.high}]"
+    short = Records(records.columns, (replace(declared, n=declared.n + 1),))
+    for figure in evaluator.metrics(short):
+        assert not figure.complete, f"{figure.name} of {evaluator.kind} calls itself complete with a sample missing"
+    assert not list(evaluator.metrics(Records({}, (declared,)))), f"{evaluator.kind} has metrics of no records"
+
+
+def check_denoiser(denoiser: Denoiser, shape: tuple[int, int, int] = (1, 8, 8)) -> None:
+    """A denoiser's levels increase, and each image is denoised as if it were alone.
 
     Arguments:
-        evaluator: With small settings.
-        spec: Of the images; left out, 8x8 pixels with the channels that its denoisers take.
-
-    Raises:
-        AssertionError: If it is not what the engine relies on; the sentence says what to change.
+        denoiser: Whose files are there.
+        shape: Of an image that it takes: channels, height, width.
     """
-    _check_value(evaluator)
-    evaluator.check()
-    channels = [found for denoiser in evaluator.denoisers() if (found := denoiser.channels())]
-    spec = spec or MixtureSpec(channels=channels[0] if channels else 1)
-    datasets: tuple[Dataset, ...] = (
-        Mixture(name="mixture", group="clean", spec=spec, size=SAMPLES),
-        Mixture(name="mixture/fog@s5", origin="mixture", group="fog", severity=5, spec=spec, size=SAMPLES, draw=1),
+    check_value(denoiser)
+    sigmas = denoiser.sigmas()
+    assert np.isfinite(sigmas).all() and (np.diff(sigmas) > 0).all() and sigmas[0] > 0, (
+        f"the levels of {denoiser.kind} do not increase"
     )
-    common = {"classes": spec.classes, "spec": spec, "temperature": spec.spread**2}
-    checkpoints = (Bayes(id="bayes", **common), Bayes(id="tilted", tilt=60.0, **common))
-    with rng.seeded(rng.key("testing")):
-        before = rng.elsewhere()
-        _check_views(evaluator, datasets[0], checkpoints)
-        both = _recorded(evaluator, datasets, checkpoints)
-        for records in both:
-            _check_metrics(evaluator, records)
-            _check_metrics(evaluator, records.of(lambda dataset: not dataset.severity))
-        _unmoved(type(evaluator).__name__, before)
-    _check_ways(evaluator, datasets, checkpoints, both)
+    for t in {1, len(sigmas) // 2, len(sigmas) - 1}:
+        assert denoiser.time(denoiser.sigma(t)) == t, f"time and sigma of {denoiser.kind} are not inverse at {t}"
+    assert denoiser.channels() in (None, shape[0]), f"{denoiser.kind} takes {denoiser.channels()} channels"
+    denoise = denoiser.loaded(Limits())
+    images = 0.5 + 0.2 * torch.from_numpy(rng.normal(rng.key("check", "images"), range(5), shape))
+    levels = torch.from_numpy(sigmas[[0, 1, len(sigmas) // 4, len(sigmas) // 2, len(sigmas) - 1]].copy())
+    noise = torch.from_numpy(rng.normal(rng.key("check", "noise"), range(5), shape))
+    noisy = images + levels[:, None, None, None].float() * noise
+    with _generators_unmoved(denoiser.kind), torch.no_grad():
+        together = denoise(noisy, levels).mean
+        assert together.shape == noisy.shape and together.dtype == noisy.dtype, (
+            f"{denoiser.kind} gives {tuple(together.shape)}, {together.dtype} for {tuple(noisy.shape)}, {noisy.dtype}"
+        )
+        assert bool(torch.isfinite(together).all()), f"{denoiser.kind} gives NaN or infinite pixels"
+        if denoiser.clip:
+            assert float(together.min()) >= 0 and float(together.max()) <= 1, f"{denoiser.kind} does not clip to [0, 1]"
+        turned = denoise(noisy.flip(0), levels.flip(0)).mean.flip(0)
+        assert torch.equal(turned, together), f"{denoiser.kind} depends on the order of the images"
+        for row in range(5):
+            alone = denoise(noisy[row], float(levels[row])).mean
+            assert torch.equal(alone, together[row]), f"{denoiser.kind} depends on the images beside, as at row {row}"
+        assert torch.equal(noisy, images + levels[:, None, None, None].float() * noise), (
+            f"{denoiser.kind} changes its input in place"
+        )
+        free = denoiser.model_copy(update={"clip": False}).loaded(Limits())(noisy, levels).mean
+        assert torch.equal(free.clamp(0, 1), together.clamp(0, 1)), (
+            f"clip of {denoiser.kind} does more than clamp the estimate to [0, 1]"
+        )
+        stacked = denoise(noisy[:, None].expand(-1, 2, -1, -1, -1), float(levels[2])).mean
+        assert stacked.shape == (5, 2, *shape) and torch.equal(stacked[2, 1], together[2]), (
+            f"{denoiser.kind} must take any leading axes, such as (sample, draw, channels, height, width)"
+        )
+    _check_files(denoiser, lambda moved: moved.load(torch.device("cpu")))
 
 
-def _check_views(evaluator: Evaluator, dataset: Dataset, checkpoints: Sequence[Checkpoint]) -> None:
-    """Views are the same whoever looks, and as many as `forwards` says."""
-    images, labels = dataset.opened().read(range(SAMPLES))
-    batch = Batch(dataset.name, tuple(dataset.opened().ids), images, labels, SEED, WHOLE)
-    first, second = (checkpoint.loaded(WHOLE) for checkpoint in checkpoints)
-    shown = _shown(evaluator, batch, [first])
-    for models in ([second], [first, second], [second, first]):
-        sentence = "views differ with the checkpoints that are run, or their order; they may depend on the batch alone"
-        _require(_shown(evaluator, batch, models) == shown, sentence)
-    draws, promised = sum(view[1] for view in shown), evaluator.forwards()
-    sentence = f"forwards() promises {promised.classifier} images a sample to a checkpoint, and views yields {draws}"
-    _require(draws == promised.classifier, sentence)
-    counting = evaluator.model_copy(update={name: _counted(getattr(evaluator, name)) for name in _denoising(evaluator)})
-    counters = [denoiser.loaded(WHOLE) for denoiser in counting.denoisers()]
-    earlier = sum(counter.images for counter in counters if isinstance(counter, _Counter))
-    _shown(counting, batch, [first])
-    made = sum(counter.images for counter in counters if isinstance(counter, _Counter)) - earlier
-    sentence = f"forwards() promises {promised.denoiser} denoised images a sample, and {made / SAMPLES:g} are made"
-    _require(made == promised.denoiser * SAMPLES, sentence)
+def check_checkpoint(checkpoint: Checkpoint, shape: tuple[int, int, int] = (1, 8, 8)) -> None:
+    """A checkpoint's logits of an image do not depend on the images beside it.
+
+    Arguments:
+        checkpoint: Whose files are there.
+        shape: Of an image that it takes: channels, height, width.
+    """
+    check_value(checkpoint)
+    renamed = checkpoint.model_copy(update={"id": f"{checkpoint.id}-renamed"})
+    assert renamed.fingerprint == checkpoint.fingerprint, "the fingerprint depends on the id"
+    checkpoint.check()
+    first, second = (checkpoint.load().state_dict() for _ in range(2))
+    assert _equal(first, second), f"{checkpoint.id} loads other weights each time"
+    images = rng.uniform(rng.key("check", "images"), range(5), shape).astype(np.float32)
+    batch = torch.from_numpy(images)
+    model = checkpoint.loaded(Limits())
+    state = {name: value.clone() for name, value in model.network.state_dict().items()}
+    with _generators_unmoved(checkpoint.kind), torch.no_grad():
+        logits = model.logits(batch)
+        assert logits.shape == (5, checkpoint.classes), f"{checkpoint.id} gives logits of shape {tuple(logits.shape)}"
+        assert torch.equal(model.logits(batch), logits), f"{checkpoint.id} gives other logits the second time"
+        turned = model.logits(batch.flip(0)).flip(0)
+        assert torch.equal(turned, logits), f"the logits of {checkpoint.id} depend on the order of the images"
+        alone = torch.cat([model.logits(image[None]) for image in batch])
+        assert torch.equal(alone, logits), f"the logits of {checkpoint.id} depend on the images beside"
+    assert _equal(model.network.state_dict(), state), f"{checkpoint.id} changes its own weights or buffers in use"
+    _check_files(checkpoint, lambda moved: moved.load())
 
 
-def _denoising(evaluator: Evaluator) -> list[str]:
-    return [name for name in type(evaluator).model_fields if isinstance(getattr(evaluator, name), Denoiser)]
-
-
-def _counted(denoiser: Denoiser) -> Denoiser:
-    return _Counting(base=denoiser, precision=denoiser.precision, clip=denoiser.clip, microbatch=denoiser.microbatch)
-
-
-@torch.no_grad()
-def _shown(evaluator: Evaluator, batch: Batch, models: Sequence[Model]) -> list[tuple[str, int, str]]:
-    """The name, the draws and the digest of each view while these models look at it."""
-    shown = []
-    seen: dict[str, dict[str, list[Columns]]] = {model.id: defaultdict(list) for model in models}
-    for view in evaluator.views(batch):
-        sentence = f"view {view.name} has shape {tuple(view.images.shape)}; needed is (sample, draw, c, h, w)"
-        _require(view.images.ndim == 5 and len(view.images) == len(batch.ids), sentence)
-        before = _digest([view.images])
-        for model in models:
-            columns = evaluator.observe(model, view, batch)
-            _check_columns("observe", columns, batch)
-            seen[model.id][view.name].append(columns)
-        sentence = f"observe changes the images of view {view.name} in place; other checkpoints are shown the same tensor"
-        _require(_digest([view.images]) == before, sentence)
-        shown.append((view.name, view.images.shape[1], before))
-    for model in models:
-        _check_columns("record", evaluator.record(seen[model.id], batch), batch)
-    return shown
-
-
-def _check_columns(method: str, columns: Columns, batch: Batch) -> None:
-    for name, column in columns.items():
-        sentence = f"{method} gives column {name} of {type(column).__name__}; needed is a tensor, the sample on axis 0"
-        _require(isinstance(column, Tensor), sentence)
-        sentence = f"{method} gives column {name} of shape {tuple(column.shape)} for {len(batch.ids)} samples; the sample is axis 0"
-        _require(column.ndim > 0 and len(column) == len(batch.ids), sentence)
-        _require(method != "record" or name not in INDEX, f"column {name} is one that every record has; rename it")
-
-
-def _recorded(
-    evaluator: Evaluator,
-    datasets: Sequence[Dataset],
-    checkpoints: Sequence[Checkpoint],
-    limits: Limits = WHOLE,
-    ranges: Sequence[range] = (range(SAMPLES),),
-) -> list[Records]:
-    """The records of each checkpoint."""
-    cells = [[Cell("check", entry, evaluator, dataset, SEED) for dataset in datasets] for entry in checkpoints]
-    with TemporaryDirectory() as folder:
-        store = Store(Path(folder))
-        for dataset, column in zip(datasets, zip(*cells, strict=True), strict=True):
-            for rows in ranges:
-                done = run(Task(evaluator, dataset, rows, column, store, limits))
-                for reason in done.failures.values():
-                    raise AssertionError(f"{type(evaluator).__name__} fails on images of a mixture: {reason}")
-        return [store.read(row) for row in cells]
-
-
-def _check_ways(
-    evaluator: Evaluator, datasets: Sequence[Dataset], checkpoints: Sequence[Checkpoint], expected: Sequence[Records]
-) -> None:
-    """Records depend on the sample, the checkpoint and the fields that are not outside; not on how they are made."""
-    ways: dict[str, dict[str, Any]] = {
-        "a second run": {},
-        "batches of 1": {"limits": replace(WHOLE, batch=1)},
-        "batches of 3": {"limits": replace(WHOLE, batch=3)},
-        "a budget of 8 images": {"limits": replace(WHOLE, budget=8)},
-        "other ranges in another order": {"ranges": (range(3, SAMPLES), range(0, 1), range(1, 3))},
-    }
-    for way, settings in ways.items():
-        _same(expected, _recorded(evaluator, datasets, checkpoints, **settings), way)
-    moved = [_Shuffled(base=d, name=d.name, group=d.group, origin=d.origin, severity=d.severity) for d in datasets]
-    _same(expected, _recorded(evaluator, moved, checkpoints), "the samples in another order")
-    _same(expected[::-1], _recorded(evaluator, datasets, checkpoints[::-1]), "the checkpoints in another order")
-    for records, checkpoint in zip(expected, checkpoints, strict=True):
-        _same([records], _recorded(evaluator, datasets, [checkpoint]), "one checkpoint alone")
-    for name, about in type(evaluator).model_fields.items():
-        for other in _others(evaluator, name) if Outside in about.metadata else ():
-            try:
-                valid = type(evaluator).model_validate(dict(other))
-            except ValidationError:
-                continue
-            _same(expected, _recorded(valid, datasets, checkpoints), f"another {name}, which is marked Outside")
-
-
-def _same(expected: Sequence[Records], found: Sequence[Records], way: str) -> None:
-    for before, after in zip(expected, found, strict=True):
-        sentence = f"the columns are others with {way}: {sorted(before.columns)} and {sorted(after.columns)}"
-        _require(before.columns.keys() == after.columns.keys(), sentence)
-        orders = [np.lexsort((records["sample"], records["dataset"])) for records in (before, after)]
-        for name in before.columns:
-            for left, right in zip(before[name][orders[0]], after[name][orders[1]], strict=True):
-                sentence = (
-                    f"records differ with {way}, first in column {name}: {left} and {right}. A row may depend on its "
-                    "sample alone: take noise from Batch.noise, call networks through Model and Denoiser.loaded"
-                )
-                equal = left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
-                _require(equal, sentence)
-
-
-def _check_metrics(evaluator: Evaluator, records: Records) -> None:
-    try:
-        found, again = list(evaluator.metrics(records)), list(evaluator.metrics(records))
-    except ValueError as error:  # metrics may refuse what it cannot measure
-        _require("read-only" not in str(error), "metrics changes the records in place; they are read-only")
-        return
-    _require(str(found) == str(again), "metrics gives other figures for the same records; key resampling by Records.key")
-    names = [(metric.name, metric.group) for metric in found]
-    for name, group in names:
-        _require(names.count((name, group)) == 1, f"metrics yields {name} of {group} twice; a name and group is unique")
-    for metric in found:
-        where = f"metric {metric.name} of {metric.group}"
-        _require(isfinite(metric.value), f"{where} is {metric.value}; raise ValueError where there is no figure")
-        bare = isnan(metric.low) and isnan(metric.high)
-        sentence = f"{where} is {metric.value} in [{metric.low}, {metric.high}]; low <= value <= high, or both NaN"
-        _require(bare or metric.low <= metric.value <= metric.high, sentence)
-
-
-# --- the other families
+def _equal(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return state.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in state.items())
 
 
 def check_dataset(dataset: Dataset) -> None:
-    """Reads the first images of a dataset (of each part of a grid) in several orders.
+    """A dataset's images are named, in [0, 1], and the same whenever and in whatever order they are read.
 
     Arguments:
-        dataset: Its files must be there.
-
-    Raises:
-        AssertionError: If it is not what the engine relies on; the sentence says what to change.
+        dataset: Whose files are there; a grid is checked part by part.
     """
-    _check_value(dataset)
+    check_value(dataset)
     for part in dataset.parts():
-        before = rng.elsewhere()
-        source, again = part.open(), part.open()
-        ids = list(source.ids)
-        _require(len(ids) > 0, f"{part.name} is empty")
-        _require(all(isinstance(id, str) and id for id in ids), f"{part.name}: ids are texts, and not empty")
-        _require(len(set(ids)) == len(ids), f"{part.name}: two images have one id; ids key noise and records")
-        _require(list(again.ids) == ids, f"{part.name}: ids change when it is opened again; they key noise and records")
-        stable = bool(part.contents()) and part.contents() == part.contents()
-        _require(stable, f"{part.name}: contents() is empty or changes; it is the digest of the data")
-        _check_read(part, source, again)
-        _unmoved(part.name, before)
-        subset = part.model_copy(update={"every": 2, "limit": 3})
-        expected = ids[:6:2]
-        found = [subset.opened().ids[row] for row in subset.rows()]
-        _require(found == expected, f"{part.name}: every 2nd, at most 3, are {found} and not {expected}")
+        source, rows = part.open(), list(part.rows())[:6]
+        assert rows, f"{part.name} is empty"
+        assert len(set(source.ids)) == len(source.ids), f"{part.name} has two images of one id"
+        assert list(part.open().ids) == list(source.ids), f"the ids of {part.name} change when it is opened again"
+        assert part.contents() and part.contents() == part.contents(), f"the digest of {part.name} is empty or changes"
+        with _generators_unmoved(part.kind):
+            images, labels = source.read(rows)
+            assert images.dtype == torch.float32 and images.ndim == 4 and len(images) == len(rows), (
+                f"{part.name} gives images of {images.dtype} and shape {tuple(images.shape)}; "
+                "needed is float32 and (images, channels, height, width)"
+            )
+            assert float(images.min()) >= 0 and float(images.max()) <= 1, f"pixels of {part.name} are outside [0, 1]"
+            assert labels.shape == (len(rows),) and not labels.is_floating_point(), (
+                f"{part.name} gives labels of {labels.dtype} and shape {tuple(labels.shape)}; needed are integers"
+            )
+            turned_images, turned_labels = source.read(rows[::-1])
+            same = torch.equal(turned_images.flip(0), images) and torch.equal(turned_labels.flip(0), labels)
+            assert same, f"images of {part.name} depend on the order in which they are read"
+            for position, row in enumerate(rows):
+                alone = source.read([row])[0][0]
+                assert torch.equal(alone, images[position]), f"images of {part.name} depend on those read beside"
+            kept = images.clone()
+            images.fill_(0.5)
+            assert torch.equal(source.read(rows)[0], kept), (
+                f"images of {part.name} change when they are read again, or with what was made of them"
+            )
+        thinned = part.model_copy(update={"every": 2, "limit": 2})
+        found = [thinned.opened().ids[row] for row in thinned.rows()]
+        assert found == list(source.ids)[:4:2], f"every 2nd image of {part.name}, at most 2, are {found}"
 
 
-def _check_read(part: Dataset, source: Images, again: Images) -> None:
-    rows = list(range(min(SAMPLES, len(source.ids))))
-    images, labels = source.read(rows)
-    sentence = f"{part.name}: images are {images.dtype} of shape {tuple(images.shape)}; needed is float32 (n, c, h, w)"
-    _require(images.dtype == torch.float32 and images.ndim == 4 and len(images) == len(rows), sentence)
-    _require(bool(((images >= 0) & (images <= 1)).all()), f"{part.name}: pixels are outside [0, 1], or NaN")
-    whole = not labels.is_floating_point() and not labels.is_complex() and labels.shape == (len(rows),)
-    _require(whole and int(labels.min()) >= -1, f"{part.name}: labels are one integer an image, -1 for no class")
-    kept, answers = images.clone(), labels.clone()
-    images.fill_(0.5)  # a reader must hand out copies
-    for opened, order in ((source, rows), (again, rows), (source, rows[::-1]), *((source, [row]) for row in rows)):
-        found, named = opened.read(order)
-        equal = torch.equal(found, kept[order]) and torch.equal(named, answers[order])
-        sentence = f"{part.name}: reading {order} gives other images or labels than reading {rows} did; an image is fixed"
-        _require(equal, sentence)
+def check_value(component: Component) -> None:
+    """A component is hashable, survives YAML, and its fingerprint covers all but what is marked `Outside`."""
+    fields = type(component).model_fields
+    for name, field in fields.items():
+        assert not _mutable(field.annotation), (
+            f"field {name} of {component.kind} is a dict, list or set, which has no hash; use a tuple, or Options"
+        )
+    try:
+        hash(component)
+        dumped = component.model_dump(mode="json", serialize_as_any=True)
+        text = yaml.safe_dump(json.loads(json.dumps(dumped)))
+        with trusting(True):
+            again = type(component).model_validate(yaml.safe_load(text))
+    except (TypeError, ValidationError) as error:
+        raise AssertionError(
+            f"{component.kind} cannot be hashed, or written as YAML and read again: {error}"
+        ) from error
+    assert again == component, f"{component.kind} is another value after a round trip through YAML"
+    assert again.fingerprint == component.fingerprint, f"the fingerprint of {component.kind} changes through YAML"
+    assert component.kind == fields["kind"].default, f"{component.kind} has no fixed kind"
+    identity = component.identity()
+    for name, field in fields.items():
+        inside = Outside not in field.metadata
+        assert (name in identity) == inside, f"field {name} of {component.kind} is not where its marker says"
+    for outside in (True, False):
+        for name, other in _changed(component, outside):
+            same = other.fingerprint == component.fingerprint
+            assert same == outside, f"the fingerprint of {component.kind} and its field {name} disagree with its marker"
 
 
-def check_checkpoint(checkpoint: Checkpoint, images: Float[Tensor, "n c h w"] | None = None) -> None:
-    """Loads a checkpoint and shows it images alone, together and in another order.
-
-    Arguments:
-        checkpoint: Its files must be there.
-        images: At least 3, in [0, 1], that it is for; left out, 8x8 pixels with the channels that it takes.
-
-    Raises:
-        AssertionError: If it is not what the engine relies on; the sentence says what to change.
-    """
-    _check_value(checkpoint)
-    name = type(checkpoint).__name__
-    images = _pictures(getattr(checkpoint, "channels", 1)) if images is None else images
-    checkpoint.check()
-    states = [_digest(checkpoint.load().state_dict().values()) for _ in range(2)]
-    _require(states[0] == states[1], f"{name} loads other weights each time; `load` must be deterministic")
-    with rng.seeded(rng.key("testing")), torch.no_grad():
-        before = rng.elsewhere()
-        model = checkpoint.loaded(WHOLE)
-        state = _digest(model.network.state_dict().values())
-        logits = model.logits(images)
-        sentence = f"{name} gives logits of shape {tuple(logits.shape)}, needed is ({len(images)}, {checkpoint.classes})"
-        _require(logits.shape == (len(images), checkpoint.classes), sentence)
-        _require(torch.equal(model.logits(images), logits), f"{name} is random: it gives other logits each time")
-        order = list(range(len(images)))[::-1]
-        alone = torch.cat([model.logits(image[None]) for image in images])
-        equal = torch.equal(model.logits(images[order]), logits[order]) and torch.equal(alone, logits)
-        _require(equal, f"the logits that {name} gives for an image depend on the images beside it, or on its position")
-        sentence = f"{name} changes its weights or buffers while it is used; `load` gives a network that only infers"
-        _require(_digest(model.network.state_dict().values()) == state, sentence)
-        _unmoved(name, before)
-    _check_location(checkpoint, lambda moved: moved.load())
+def _mutable(annotation: object) -> bool:
+    origin = get_origin(annotation) or annotation
+    wrong = isinstance(origin, type) and issubclass(origin, Mapping | Set | list | bytearray)
+    return wrong or any(map(_mutable, get_args(annotation)))
 
 
-def check_denoiser(denoiser: Denoiser, images: Float[Tensor, "n c h w"] | None = None) -> None:
-    """Calls a denoiser at several levels, on images alone, together and in another order.
-
-    Arguments:
-        denoiser: Its files must be there.
-        images: At least 3, in [0, 1], that it is for; left out, 8x8 pixels with the channels that it takes.
-
-    Raises:
-        AssertionError: If it is not what the engine relies on; the sentence says what to change.
-    """
-    _check_value(denoiser)
-    name = type(denoiser).__name__
-    sigmas = denoiser.sigmas()
-    increasing = sigmas.ndim == 1 and len(sigmas) > 1 and bool((np.diff(sigmas) > 0).all())
-    sentence = f"sigmas of {name} must be finite, positive and increasing, one of each time"
-    _require(increasing and bool((np.isfinite(sigmas) & (sigmas > 0)).all()), sentence)
-    for t in range(1, len(sigmas), max(1, len(sigmas) // 50)):
-        _require(denoiser.time(denoiser.sigma(t)) == t, f"time(sigma({t})) of {name} is {denoiser.time(denoiser.sigma(t))}")
-    images = _pictures(denoiser.channels() or 1) if images is None else images
-    noise = torch.from_numpy(rng.normal(rng.key("testing"), range(len(images)), tuple(images.shape[1:])))
-    with rng.seeded(rng.key("testing")), torch.no_grad():
-        before = rng.elsewhere()
-        for t in (0, 1, len(sigmas) // 4, len(sigmas) // 2, len(sigmas) - 1):
-            _check_level(denoiser, images + denoiser.sigma(t) * noise, denoiser.sigma(t))
-        _check_levels(denoiser, images, noise)
-        _unmoved(name, before)
-    _check_location(denoiser, lambda moved: moved.load(torch.device("cpu")))
+def _changed(value: V, outside: bool) -> Iterator[tuple[str, V]]:
+    """The value with another number or tuple in a field, where that is a valid one."""
+    for name, field in type(value).model_fields.items():
+        now = getattr(value, name)
+        if (Outside in field.metadata) != outside or isinstance(now, bool) or not isinstance(now, int | float | tuple):
+            continue
+        other = now[:-1] if isinstance(now, tuple) else now + 1 if isinstance(now, int) else now / 2
+        try:
+            changed = type(value).model_validate({**dict(value), name: other})
+        except ValidationError:
+            continue
+        if changed != value:
+            yield name, changed
 
 
-def _check_level(denoiser: Denoiser, noisy: Float[Tensor, "n c h w"], sigma: float) -> None:
-    name, denoise = type(denoiser).__name__, denoiser.loaded(WHOLE)
-    given, where = noisy.clone(), f"at sigma {sigma:g}"
-    mean = denoise(noisy, sigma).mean
-    _require(torch.equal(noisy, given), f"{name} changes its input in place")
-    sentence = f"{name} gives {mean.dtype} of shape {tuple(mean.shape)} for {noisy.dtype} of shape {tuple(noisy.shape)}"
-    _require(mean.shape == noisy.shape and mean.dtype == noisy.dtype, sentence)
-    _require(bool(torch.isfinite(mean).all()), f"{name} gives NaN or infinite pixels {where}")
-    inside = not denoiser.clip or bool(((mean >= 0) & (mean <= 1)).all())
-    _require(inside, f"{name} gives pixels outside [0, 1] {where} although clip is on")
-    free = denoiser.model_copy(update={"clip": False}).loaded(WHOLE)(noisy, sigma).mean
-    sentence = f"{name} {where}: clip must do no more than clamp the estimate to [0, 1]"
-    _require(torch.equal(free.clamp(0, 1), mean.clamp(0, 1)), sentence)
-    order = list(range(len(noisy)))[::-1]
-    alone = torch.cat([denoise(image[None], sigma).mean for image in noisy])
-    equal = torch.equal(denoise(noisy[order], sigma).mean, mean[order]) and torch.equal(alone, mean)
-    _require(equal, f"what {name} gives for an image {where} depends on the images beside it, or on its position")
-    stacked = denoise(noisy[:2, None].expand(-1, 3, -1, -1, -1), sigma).mean
-    equal = stacked.shape == (2, 3, *noisy.shape[1:]) and torch.equal(stacked[:, 1], mean[:2])
-    _require(equal, f"{name} must take any leading axes, such as (sample, draw, c, h, w)")
+def _check_files(component: V, load: Callable[[V], object]) -> None:
+    """Where its files lie changes no fingerprint; what they hold does, or is refused."""
+    for fields, place in _located(component):
+        with TemporaryDirectory() as folder:
+            copy = Path(folder, place.name)
+            (shutil.copytree if place.is_dir() else shutil.copy2)(place, copy)
+            moved = _replaced(component, fields, str(copy))
+            assert moved.identity() == component.identity(), f"the fingerprint depends on where {place.name} lies"
+            files = [path for path in (copy, *copy.rglob("*")) if path.is_file()]
+            largest = max(files, key=lambda path: path.stat().st_size)
+            content = largest.read_bytes()
+            largest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            try:
+                noticed = moved.identity() != component.identity() or load(moved) is None
+            except ValueError:
+                noticed = True
+            assert noticed, f"another {largest.name} goes unnoticed; its digest belongs to contents()"
 
 
-def _check_levels(denoiser: Denoiser, images: Float[Tensor, "n c h w"], noise: Float[Tensor, "n c h w"]) -> None:
-    """A level of each image gives what that level alone gives."""
-    denoise, sigmas = denoiser.loaded(WHOLE), denoiser.sigmas()
-    chosen = np.linspace(1, len(sigmas) - 1, len(images)).astype(int)
-    levels = torch.tensor([denoiser.sigma(int(t)) for t in chosen], dtype=torch.float64)
-    noisy = (images + levels[:, None, None, None] * noise).to(images.dtype)
-    alone = torch.cat([denoise(image[None], float(level)).mean for image, level in zip(noisy, levels, strict=True)])
-    sentence = f"{type(denoiser).__name__} gives another estimate for a level of each image than for one level of all"
-    _require(torch.equal(denoise(noisy, levels).mean, alone), sentence)
+def _located(value: Value) -> Iterator[tuple[tuple[str, ...], Path]]:
+    """The fields that say where files are."""
+    for name, field in type(value).model_fields.items():
+        found = getattr(value, name)
+        if isinstance(found, Value):
+            yield from (((name, *fields), place) for fields, place in _located(found))
+        elif isinstance(found, str) and found and name != "id" and Outside in field.metadata:
+            yield from [((name,), path_of(found))] if path_of(found).exists() else []
+
+
+def _replaced(value: V, fields: Sequence[str], new: str) -> V:
+    first, *below = fields
+    return value.model_copy(update={first: _replaced(getattr(value, first), below, new) if below else new})
+
+
+@contextmanager
+def _generators_unmoved(kind: str) -> Iterator[None]:
+    """The global generators of torch and numpy must be where they were: noise comes from the batch."""
+    before = rng.global_states()
+    yield
+    assert rng.global_states() == before, f"{kind} draws from a global random generator; use Batch.noise or rng"

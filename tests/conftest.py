@@ -9,7 +9,12 @@ LOOPBACK = ("127.", "::1", "localhost")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="run the long simulations and all of the fuzzing")
+    parser.addoption("--full", action="store_true", help="the long simulations and the whole of the fuzzing")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that two workers end together."""
+    items.sort(key=lambda item: item.path.name not in ("test_quickstart.py", "test_bundled.py", "test_runs.py"))
 
 
 def pytest_sessionstart() -> None:

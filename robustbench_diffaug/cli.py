@@ -135,10 +135,10 @@ def validate(suite: str, **flags: Any) -> int:
 @_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
 def train(recipe: str, output: Path | None, device: str, quiet: bool, **flags: Any) -> int:
     """Trains the classifier or denoiser of RECIPE, a YAML file or the name of a built-in one; continues if stopped."""
-    from robustbench_diffaug import engine, suite, terminal
+    from robustbench_diffaug import engine, files, terminal
     from robustbench_diffaug.train import output as training
 
-    path, installed = suite.locate(recipe, "recipes")
+    path, installed = files.locate(recipe, "recipes")
     found = training.load(path, trust=flags["trust"] or installed, data_dir=flags["data_dir"])
     folder = output or Path("trained", found.name)
     device = _device(device)

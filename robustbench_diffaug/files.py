@@ -12,9 +12,20 @@ from typing import IO, Annotated, Any
 
 from pydantic import AfterValidator
 
-from robustbench_diffaug.component import Outside, Value
+from robustbench_diffaug.component import Outside, Value, suggest
 
-__all__ = ["BUNDLED", "DataLocation", "Location", "Weights", "atomic", "existing", "path_of", "sha256"]
+__all__ = [
+    "BUNDLED",
+    "DataLocation",
+    "Location",
+    "Weights",
+    "atomic",
+    "built_in",
+    "existing",
+    "locate",
+    "path_of",
+    "sha256",
+]
 
 BUNDLED = "rdiff:"
 """Prefix of files that are installed with the package: 'rdiff:zoo/resnet-standard.safetensors'."""
@@ -43,6 +54,30 @@ def path_of(uri: str) -> Path:
     if not path.is_relative_to(root):
         raise ValueError(f"{uri} leads out of the package")
     return path
+
+
+def built_in(kind: str = "suites") -> dict[str, Path]:
+    """The suites (or recipes) that are installed with the package, by name."""
+    package = Path(str(files("robustbench_diffaug")))
+    folder = next(place for place in (package / kind, package.parent / kind) if place.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def locate(name: str, kind: str = "suites") -> tuple[Path, bool]:
+    """The file that a name or a path on the command line means, and whether it is installed with the package.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    path, known = Path(name), built_in(kind)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        if not path.exists():
+            raise ValueError(f"there is no file {name}")
+        return path, any(path.samefile(other) for other in known.values())
+    if name in known:
+        return known[name], True
+    noun = kind.removesuffix("s")
+    raise ValueError(f"there is no {noun} called {name!r}{suggest(name, list(known))}; or give the path of a YAML file")
 
 
 def existing(uri: str) -> Path:

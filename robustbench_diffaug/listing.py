@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from robustbench_diffaug.files import built_in
+
 __all__ = ["lines"]
 
 
@@ -17,8 +19,6 @@ def lines(what: str) -> Iterator[str]:
         what: 'checkpoints', 'denoisers', 'datasets', 'evaluators', 'suites' or 'recipes'.
     """
     if what in ("suites", "recipes"):
-        from robustbench_diffaug.suite import built_in
-
         for name, path in built_in(what).items():
             comment = next((line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line[:2] == "# "), "")
             yield f"{name:<28}{comment}"

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +16,9 @@ from robustbench_diffaug.checkpoints.base import Checkpoint
 from robustbench_diffaug.component import Outside, Value, digest_of, suggest, trusting
 from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.evaluators.base import Evaluator
+from robustbench_diffaug.files import locate
 
-__all__ = ["Bench", "Loaded", "Suite", "apply", "built_in", "check", "load", "locate"]
+__all__ = ["Bench", "Loaded", "Suite", "apply", "check", "load"]
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
 
@@ -84,30 +84,6 @@ def _unique(what: str, names: list[str]) -> None:
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ValueError(f"two {what}s are called {twice[0]!r}; give each a name of its own")
-
-
-def built_in(kind: str = "suites") -> dict[str, Path]:
-    """The suites (or recipes) that are installed with the package, by name."""
-    package = Path(str(files("robustbench_diffaug")))
-    folder = next(place for place in (package / kind, package.parent / kind) if place.is_dir())
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def locate(name: str, kind: str = "suites") -> tuple[Path, bool]:
-    """The file that a name or a path on the command line means, and whether it is installed with the package.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    path, known = Path(name), built_in(kind)
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        if not path.exists():
-            raise ValueError(f"there is no file {name}")
-        return path, any(path.samefile(other) for other in known.values())
-    if name in known:
-        return known[name], True
-    noun = kind.removesuffix("s")
-    raise ValueError(f"there is no {noun} called {name!r}{suggest(name, list(known))}; or give the path of a YAML file")
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import yaml
 from robustbench_diffaug.batch import Limits
 from robustbench_diffaug.checkpoints.timm_model import Timm
 from robustbench_diffaug.data.embedded import Digits, Mnist5k
-from robustbench_diffaug.files import sha256
-from robustbench_diffaug.suite import built_in, check, load
+from robustbench_diffaug.files import built_in, sha256
+from robustbench_diffaug.suite import check, load
 from robustbench_diffaug.train import output
 from robustbench_diffaug.train.recipe import ClassifierRecipe
 

@@ -14,7 +14,7 @@ from robustbench_diffaug.batch import Limits
 from robustbench_diffaug.checkpoints.timm_model import Timm
 from robustbench_diffaug.diffusion.gaussian import MixtureDenoiser
 from robustbench_diffaug.diffusion.unet import UNet
-from robustbench_diffaug.suite import built_in
+from robustbench_diffaug.files import built_in
 from robustbench_diffaug.train import output
 from robustbench_diffaug.train.loop import network_of, train
 from robustbench_diffaug.train.losses import Samples, affine, classifier_loss, denoiser_loss, diffaug

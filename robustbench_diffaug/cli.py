@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -84,9 +85,8 @@ def run(suite: str, quiet: bool, **flags: Any) -> int:
         click.echo(line)
     if not done.computed:
         click.echo("nothing was left to do", err=True)
-    for failure in done.failures:
-        place = f"{failure['bench']} / {failure['checkpoint']} / {failure['dataset']}"
-        click.echo(f"failed: {place}: {failure['reason']}", err=True)
+    for failed in dict.fromkeys("{bench} / {checkpoint} / {dataset}: {reason}".format_map(f) for f in done.failures):
+        click.echo(f"failed: {failed}", err=True)
     click.echo(f"report  {done.root / 'index.html'}")
     click.echo(f"digest  {done.digest}")
     return 1 if done.failures else 0
@@ -99,10 +99,12 @@ def run(suite: str, quiet: bool, **flags: Any) -> int:
 def plan(suite: str, **flags: Any) -> int:
     """Shows what `run` would do: cells, network forwards, what is there already, and the radii within reach."""
     from robustbench_diffaug import runs, terminal
+    from robustbench_diffaug.suite import check
 
     loaded = _load(suite, flags)
     options = _options(loaded, flags)
     runs.own(options.root, loaded.suite)
+    check(loaded)
     for line in terminal.plan(loaded.suite, runs.tasks_of(loaded, options), options):
         click.echo(line)
     return 0
@@ -186,7 +188,7 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdecimal())) or name.endswith(":"):
         raise ValueError(f"--device {name}: needed is auto, cpu, cuda or cuda:N")
     if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"--device {name}: there is no such GPU; use --device cpu")
@@ -196,21 +198,44 @@ def _device(name: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and exits: 0 all done, 1 some cells failed, 2 bad input, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    verbose = bool({"--verbose", "-v"} & set(words)) or os.environ.get("RDIFF_VERBOSE") == "1"
     try:
-        code = cli.main(words, prog_name="rdiff", standalone_mode=False)
-    except click.exceptions.Abort:
+        code = cli.main(words, prog_name="rdiff", standalone_mode=False) or 0
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _complain("interrupted; what is finished is kept, run again to continue")
         code = 130
-    except KeyboardInterrupt:
-        code = 130
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         code = 2
-    except (ValueError, OSError) as error:
-        if verbose:
-            raise
-        click.echo(f"rdiff: {' '.join(str(error).split())}", err=True)
+    except BrokenPipeError:  # as of `rdiff ls suites | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except Exception as error:
+        asked = os.environ.get("RDIFF_VERBOSE", "").lower() in ("1", "true", "yes", "on")
+        if asked or {"--verbose", "-v"} & set(words):
+            click.echo(traceback.format_exc().rstrip(), err=True)
+        _complain(_sentence(error))
         code = 2
-    if code == 130:
-        click.echo("rdiff: interrupted; what is finished is kept, run again to continue", err=True)
-    sys.exit(code or 0)
+    sys.exit(code)
+
+
+def _complain(sentence: str) -> None:
+    """One line on standard error, in which what a terminal would obey, such as colours, is spelled out."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(sentence.split()))
+    click.echo(f"rdiff: {''.join(shown)}", err=True)
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says to the user."""
+    if isinstance(error, click.UsageError):
+        message, context = error.format_message().rstrip("."), error.ctx
+        if context and isinstance(context.command, click.Group) and "No such command" in message:
+            known = ", ".join(context.command.commands)
+            message += f"; there are {known}"
+        return f"{message}; see {context.command_path if context else 'rdiff'} --help"
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, ValueError):
+        return str(error)
+    return f"a fault of rdiff, please report it with what --verbose shows: {type(error).__name__}: {error}"

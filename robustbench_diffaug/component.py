@@ -11,7 +11,9 @@ from hashlib import blake2b
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from inspect import isabstract
-from typing import Annotated, Any, ClassVar, TypeVar
+from math import isfinite
+from types import UnionType
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -44,8 +46,14 @@ class Outside:
 
 def _freeze(value: object) -> object:
     if isinstance(value, Mapping):
-        return tuple(sorted((str(k), _freeze(v)) for k, v in value.items()))
-    return tuple(_freeze(v) for v in value) if isinstance(value, list) else value
+        return tuple(sorted(((str(k), _freeze(v)) for k, v in value.items()), key=lambda pair: pair[0]))
+    if isinstance(value, list | tuple):
+        return tuple(map(_freeze, value))
+    if isinstance(value, float) and not isfinite(value):
+        raise ValueError(f"needed is a finite number, not {value}")
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise ValueError(f"needed are plain texts, numbers, lists and mappings, not {type(value).__name__}")
 
 
 Options = Annotated[
@@ -69,7 +77,8 @@ def trusting(trust: bool) -> Iterator[None]:
 def suggest(word: str, known: list[str]) -> str:
     """'; did you mean X?', or the list of what there is where nothing is near."""
     near = get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}" if known else ""
+    more = ", ..." if len(known) > 24 else ""
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known[:24])}{more}" if known else ""
 
 
 def digest_of(value: object, size: int = 8) -> str:
@@ -86,21 +95,36 @@ def _identity(value: object) -> object:
     return value
 
 
+def _complaint(message: str, key: object) -> PydanticCustomError:
+    """An error about one key of a mapping, for `Document` to say where that key stands."""
+    named = str(key).encode("utf-8", "backslashreplace").decode()
+    return PydanticCustomError("at_key", "{message}", {"message": message, "key": named})
+
+
+def _is_number(annotation: object) -> bool:
+    """Whether a field holds a number (or nothing) and no boolean."""
+    union = get_origin(annotation) in (Union, UnionType)
+    types = {get_args(part)[0] if get_origin(part) is Annotated else part for part in get_args(annotation)}
+    types = types if union else {annotation}
+    return bool(types & {int, float}) and bool not in types
+
+
 class Value(BaseModel):
     """A frozen, hashable group of fields that knows what of it records depend on."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, data: Any) -> Any:
-        """Names an unknown key itself, since pydantic cannot say what was meant."""
+        """Names an unknown key itself, since pydantic cannot say what was meant; and `true` is not 1."""
         if isinstance(data, Mapping) and not isabstract(cls):
-            for key in data:
+            for key, value in data.items():
                 if key not in cls.model_fields:
                     known = [name for name in cls.model_fields if name != "kind"]
-                    message = f"unknown key {key!r}{suggest(str(key), known)}"
-                    raise PydanticCustomError("unknown_key", "{message}", {"message": message, "key": str(key)})
+                    raise _complaint(f"unknown key {key!r}{suggest(str(key), known)}", key)
+                if isinstance(value, bool) and _is_number(cls.model_fields[key].annotation):
+                    raise _complaint(f"needed is a number, not {str(value).lower()}", key)
         return data
 
     def contents(self) -> str:
@@ -142,9 +166,12 @@ class Component(Value, ABC):
         kind = data.get("kind")
         if not isinstance(kind, str):
             raise ValueError(f"{_article(cls)} needs a kind, one of {', '.join(kinds(cls))}")
-        found = find(cls, kind)
-        if (found.runs_code or ":" in kind) and not _trusted.get():
-            raise ValueError(f"kind {kind} runs code that this file names; if you trust it, add --trust")
+        try:
+            found = find(cls, kind)
+        except ValueError as error:
+            raise _complaint(str(error), "kind") from error
+        if found.runs_code and not _trusted.get():
+            raise _complaint(f"kind {kind} runs code that this file names; if you trust it, add --trust", "kind")
         return found.model_validate({**data, "kind": found.model_fields["kind"].default}, context=info.context)
 
 
@@ -188,16 +215,17 @@ def find(family: type[C], kind: str) -> type[C]:
         module, _, name = kind.partition(":")
         try:
             found = getattr(import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"kind {kind} cannot be imported: {error}") from error
+        except Exception as error:  # whatever the user's code raises
+            raise ValueError(f"kind {kind} cannot be imported: {type(error).__name__}: {error}") from error
     else:
         known = kinds(family)
         if kind not in known:
             raise ValueError(f"no {_noun(family)} is called {kind!r}{suggest(kind, list(known))}")
         try:
             found = known[kind].load()
-        except ImportError as error:
-            raise ValueError(f"the plug-in {kind} ({known[kind].value}) cannot be imported: {error}") from error
+        except Exception as error:  # whatever the plug-in raises
+            message = f"the plug-in {kind} ({known[kind].value}) cannot be imported: {type(error).__name__}: {error}"
+            raise ValueError(message) from error
     if not (isinstance(found, type) and issubclass(found, family)):
         raise ValueError(f"{kind} is not {_article(family)}")
     return found

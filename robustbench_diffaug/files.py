@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +19,7 @@ from robustbench_diffaug.component import Outside, Value, suggest
 __all__ = [
     "BUNDLED",
     "DataLocation",
+    "Digest",
     "Location",
     "Weights",
     "atomic",
@@ -34,7 +37,12 @@ BUNDLED = "rdiff:"
 def _against(key: str) -> AfterValidator:
     def resolve(uri: str, info: Any) -> str:
         folder = (info.context or {}).get(key) or (info.context or {}).get("folder")
-        return uri if uri.startswith(BUNDLED) or folder is None else str(Path(folder, Path(uri).expanduser()))
+        if uri.startswith(BUNDLED) or folder is None:
+            return uri
+        try:
+            return str(Path(folder, Path(uri).expanduser()))
+        except RuntimeError as error:
+            raise ValueError(f"{uri} begins with the home of a user that there is not; write the whole path") from error
 
     return AfterValidator(resolve)
 
@@ -70,9 +78,11 @@ def locate(name: str, kind: str = "suites") -> tuple[Path, bool]:
         ValueError: If there is none.
     """
     path, known = Path(name), built_in(kind)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if path.suffix in (".yaml", ".yml") or (path.exists() and not (path.is_dir() and name in known)):
         if not path.exists():
-            raise ValueError(f"there is no file {name}")
+            near = get_close_matches(path.name, [other.name for other in path.parent.glob("*.y*ml")], n=1)
+            meant = f"; did you mean {path.with_name(near[0])}?" if near else "; check the path"
+            raise ValueError(f"there is no file {name}{meant}")
         return path, any(path.samefile(other) for other in known.values())
     if name in known:
         return known[name], True
@@ -87,7 +97,11 @@ def existing(uri: str) -> Path:
         ValueError: If it is not.
     """
     path = path_of(uri)
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise ValueError(f"{uri} cannot be read: {error.strerror}") from error
+    if not there:
         raise ValueError(f"there is no {uri}; check the path (relative ones start at the suite's folder)")
     return path
 
@@ -120,6 +134,16 @@ def atomic(path: Path) -> Iterator[IO[Any]]:
             raise
 
 
+def _hexadecimal(digest: str) -> str:
+    if digest and not re.fullmatch("[0-9a-f]{64}", digest.lower()):
+        raise ValueError(f"needed is a sha256, 64 hexadecimal digits (sha256sum FILE prints it), not {digest[:80]!r}")
+    return digest.lower()
+
+
+Digest = Annotated[str, AfterValidator(_hexadecimal), Outside]
+"""SHA-256 of a file in hexadecimal, or nothing."""
+
+
 class Weights(Value):
     """A file of weights and the SHA-256 that it must have.
 
@@ -129,7 +153,7 @@ class Weights(Value):
     """
 
     uri: Location
-    sha256: Annotated[str, Outside] = ""
+    sha256: Digest = ""
 
     def contents(self) -> str:
         """The digest: records depend on the weights, not on where they lie."""
@@ -151,7 +175,7 @@ class Weights(Value):
         if reason:
             raise ValueError(f"{self.uri} {reason}")
         _whole(path, self.uri)
-        if self.sha256 and found != self.sha256.lower():
+        if self.sha256 and found != self.sha256:
             raise ValueError(
                 f"{self.uri} has sha256 {found}, not {self.sha256}: another or a damaged file; get the right one, "
                 "or write the new digest if the change is meant"

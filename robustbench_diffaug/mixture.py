@@ -27,9 +27,9 @@ class MixtureSpec(Value):
         contrast: How far the means reach from mid-grey.
     """
 
-    classes: PositiveInt = 4
-    size: PositiveInt = 8
-    channels: PositiveInt = 1
+    classes: PositiveInt = Field(4, le=100)
+    size: PositiveInt = Field(8, le=64)
+    channels: PositiveInt = Field(1, le=4)
     spread: float = Field(0.04, gt=0, le=0.05)
     contrast: float = Field(0.15, gt=0, le=0.2)
 

@@ -1,6 +1,5 @@
 """Suites: checkpoints times benches, read from YAML and checked before anything runs."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,8 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, RootModel, model_validator
 
 from robustbench_diffaug import document
 from robustbench_diffaug.checkpoints.base import Checkpoint
@@ -92,7 +90,8 @@ class Loaded:
 
     Arguments:
         suite: The suite.
-        places: 'suite.yaml:12: checkpoints.0' of ('checkpoint', id) and ('bench', name).
+        places: 'suite.yaml:12: checkpoints.0' of ('checkpoint', id), ('bench', name), and of a bench's datasets in turn
+            ('bench', 'name/0').
     """
 
     suite: Suite
@@ -127,35 +126,58 @@ def load(
     found = document.read(path)
     if not isinstance(found.data, dict):
         raise ValueError(f"{path}:1: a suite is a mapping with the keys name, checkpoints and benches")
-    data = copy.deepcopy(found.data)
-    for setting in settings:
-        apply(data, setting)
+    data = _unshared(found.data)
+    given = {apply(data, setting): f"--set {setting}" for setting in settings}
     if seed is not None:
         data["seed"] = seed
-    found = document.Document(found.path, data, found.lines)
+    found = document.Document(found.path, data, found.lines, given)
     context = {"folder": path.resolve().parent, "data": data_dir.resolve() if data_dir else None}
     with trusting(trust or installed):
         suite = found.validate(Suite, context)
-    places = {("checkpoint", c.id): found.where(("checkpoints", i)) for i, c in enumerate(suite.checkpoints)}
-    places |= {("bench", b.name): found.where(("benches", i)) for i, b in enumerate(suite.benches)}
+    places = {("checkpoint", c.id): _weights(found, "checkpoints", i) for i, c in enumerate(suite.checkpoints)}
+    for i, bench in enumerate(suite.benches):
+        places["bench", bench.name] = found.where(("benches", i, "evaluator"))
+        for j in range(len(bench.datasets)):
+            places["bench", f"{bench.name}/{j}"] = found.where(("benches", i, "datasets", j))
     for file in extra:
-        entries, where = _entries(file, trust)
-        places |= {("checkpoint", entry.id): where for entry in entries}
-        suite = suite.model_copy(update={"checkpoints": (*suite.checkpoints, *entries)})
-    if extra:
-        _unique("checkpoint", [entry.id for entry in suite.checkpoints])
+        entries = _entries(file, trust)
+        suite = suite.model_copy(update={"checkpoints": (*suite.checkpoints, *entries.values())})
+        with _at(str(file)):
+            _unique("checkpoint", [entry.id for entry in suite.checkpoints])
+        places |= {("checkpoint", entry.id): where for where, entry in entries.items()}
     if limit is not None:
         suite = suite.model_copy(update={"benches": tuple(_limited(bench, limit) for bench in suite.benches)})
     return Loaded(suite, places)
 
 
-def _entries(file: Path, trust: bool) -> tuple[tuple[Checkpoint, ...], str]:
+def _weights(found: document.Document, *place: str | int) -> str:
+    """Where the weights of a checkpoint entry stand, or the entry, if it has none."""
+    weights = (*place, "weights")
+    return found.where(weights if weights in found.lines else place)
+
+
+class _Entries(RootModel[tuple[Checkpoint, ...]]):
+    """A list of checkpoint entries."""
+
+
+def _entries(file: Path, trust: bool) -> dict[str, Checkpoint]:
+    """The checkpoints of a file that holds one or a list of them, by where they stand."""
     found = document.read(file)
     context = {"folder": file.resolve().parent}
     with trusting(trust):
-        if isinstance(found.data, list):
-            return found.validate(tuple[Checkpoint, ...], context), found.where(())
-        return (found.validate(Checkpoint, context),), found.where(())
+        if not isinstance(found.data, list):
+            return {_weights(found): found.validate(Checkpoint, context)}
+        if not found.data:
+            raise ValueError(f"{file}:1: holds no checkpoint; needed is an entry or a list of them")
+        entries = found.validate(_Entries, context)
+        return {_weights(found, index): entry for index, entry in enumerate(entries.root)}
+
+
+def _unshared(data: Any) -> Any:
+    """A copy in which an anchor and its aliases are values of their own, so that each can be set alone."""
+    if isinstance(data, dict):
+        return {key: _unshared(value) for key, value in data.items()}
+    return [_unshared(value) for value in data] if isinstance(data, list) else data
 
 
 def _limited(bench: Bench, limit: int) -> Bench:
@@ -165,23 +187,33 @@ def _limited(bench: Bench, limit: int) -> Bench:
     return bench.model_copy(update={"datasets": datasets})
 
 
-def apply(data: Any, setting: str) -> None:
+def apply(data: Any, setting: str) -> tuple[str | int, ...]:
     """Applies 'a.b=value' to what a file holds; items of lists go by position, name or id.
 
+    Returns:
+        The place that was set.
+
     Raises:
-        ValueError: If there is no such place.
+        ValueError: If there is no such place, or the value is not YAML.
     """
     dotted, equals, text = setting.partition("=")
     parts = dotted.split(".")
     if not equals or not all(parts):
         raise ValueError(f"--set {setting}: needed is key=value, such as --set benches.certify.evaluator.n=1000")
-    place = data
+    try:
+        value, _ = document.parse(text)
+    except ValueError as error:
+        raise ValueError(f"--set {setting}: {str(error).partition(': ')[2]}") from error
+    place, path = data, list[str | int]()
     for part in parts[:-1]:
         key = _key(place, part, setting)
         if isinstance(place, dict) and key not in place:
             raise ValueError(f"--set {setting}: there is no {part!r}{suggest(part, list(map(str, place)))}")
         place = place[key]
-    place[_key(place, parts[-1], setting)] = yaml.load(text, document.Loader)  # noqa: S506  (a SafeLoader)
+        path.append(key)
+    path.append(_key(place, parts[-1], setting))
+    place[path[-1]] = value
+    return tuple(path)
 
 
 def _key(place: Any, part: str, setting: str) -> str | int:
@@ -210,7 +242,8 @@ def check(loaded: Loaded) -> tuple[str, ...]:
     for bench in suite.benches:
         with _at(loaded.places["bench", bench.name]):
             warnings += [f"bench {bench.name}: {warning}" for warning in bench.evaluator.check()]
-            for dataset in bench.datasets:
+        for index, dataset in enumerate(bench.datasets):
+            with _at(loaded.places["bench", f"{bench.name}/{index}"]):
                 _check_images(bench, dataset, bench.chosen(suite.checkpoints))
     return tuple(warnings)
 
@@ -219,15 +252,21 @@ def _check_images(bench: Bench, dataset: Dataset, checkpoints: Sequence[Checkpoi
     """The first image of an entry must fit the denoisers and the checkpoints."""
     first = dataset.parts()[0]
     if not len(first.rows()):
-        raise ValueError(f"dataset {first.name} is empty")
+        raise ValueError(f"dataset {first.name} is empty; give it images, or take it out")
     channels = first.opened().read(first.rows()[:1])[0].shape[1]
     for denoiser in bench.evaluator.denoisers():
         if denoiser.channels() not in (None, channels):
-            raise ValueError(f"images of {first.name} have {channels} channels, the denoiser {denoiser.channels()}")
+            raise ValueError(
+                f"images of {first.name} have {channels} channels, the denoiser {denoiser.channels()}; "
+                "name a denoiser of such images, or convert them (mode of a folder)"
+            )
     for entry in checkpoints:
         expected = getattr(entry, "channels", channels)
         if expected != channels:
-            raise ValueError(f"images of {first.name} have {channels} channels, checkpoint {entry.id} takes {expected}")
+            raise ValueError(
+                f"images of {first.name} have {channels} channels, checkpoint {entry.id} takes {expected}; correct its "
+                "channels, or list under checkpoints of the bench those that it is for"
+            )
 
 
 @contextmanager
@@ -236,3 +275,5 @@ def _at(place: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{place}: {error.filename} cannot be read: {error.strerror}") from error

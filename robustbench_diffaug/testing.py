@@ -222,7 +222,7 @@ def check_denoiser(denoiser: Denoiser, shape: tuple[int, int, int] = (1, 8, 8)) 
     for t in {1, len(sigmas) // 2, len(sigmas) - 1}:
         assert denoiser.time(denoiser.sigma(t)) == t, f"time and sigma of {denoiser.kind} are not inverse at {t}"
     assert denoiser.channels() in (None, shape[0]), f"{denoiser.kind} takes {denoiser.channels()} channels"
-    denoise = denoiser.loaded(Limits())
+    denoise, unclipped = (made.loaded(Limits()) for made in (denoiser, denoiser.model_copy(update={"clip": False})))
     images = 0.5 + 0.2 * torch.from_numpy(rng.normal(rng.key("check", "images"), range(5), shape))
     levels = torch.from_numpy(sigmas[[0, 1, len(sigmas) // 4, len(sigmas) // 2, len(sigmas) - 1]].copy())
     noise = torch.from_numpy(rng.normal(rng.key("check", "noise"), range(5), shape))
@@ -243,8 +243,7 @@ def check_denoiser(denoiser: Denoiser, shape: tuple[int, int, int] = (1, 8, 8)) 
         assert torch.equal(noisy, images + levels[:, None, None, None].float() * noise), (
             f"{denoiser.kind} changes its input in place"
         )
-        free = denoiser.model_copy(update={"clip": False}).loaded(Limits())(noisy, levels).mean
-        assert torch.equal(free.clamp(0, 1), together.clamp(0, 1)), (
+        assert torch.equal(unclipped(noisy, levels).mean.clamp(0, 1), together.clamp(0, 1)), (
             f"clip of {denoiser.kind} does more than clamp the estimate to [0, 1]"
         )
         stacked = denoise(noisy[:, None].expand(-1, 2, -1, -1, -1), float(levels[2])).mean

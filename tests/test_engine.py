@@ -118,3 +118,26 @@ def test_files_hold_no_more_than_some_seconds_of_work(tmp_path: Path) -> None:
     tasks = list(plan(Suite(name="s", checkpoints=(network("x"),), benches=(bench,)), Store(tmp_path), Limits()))
     assert [len(task.rows) for task in tasks] == [1] * 5
     assert [(task.denoised, task.shown) for task in tasks] == [(0, 200_200)] * 5
+
+
+class Nan(Checkpoint):
+    """Gives NaN for every image."""
+
+    kind: Literal["nan"] = "nan"
+
+    def load(self) -> torch.nn.Module:
+        layer = torch.nn.Linear(64, 4)
+        torch.nn.init.constant_(layer.weight, float("nan"))
+        return torch.nn.Sequential(torch.nn.Flatten(), layer)
+
+
+def test_nan_logits_fail_their_checkpoint_and_leave_no_file(tmp_path: Path) -> None:
+    alone = evaluate(tmp_path / "a", network("x"))
+    outcomes = [
+        run(task) for task in plan(suite(Nan(id="n", classes=4), network("x")), Store(tmp_path / "b"), Limits())
+    ]
+    for outcome in outcomes:
+        assert list(outcome.failures) == [0]
+        assert "n gives NaN or infinite logits for" in outcome.failures[0]
+    root = tmp_path / "b"
+    assert {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*.parquet")} == alone

@@ -116,6 +116,7 @@ def test_spoilt_suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request:
                 cli.main([command, "suite.yaml"])
             lines = [line for line in errors.getvalue().splitlines() if not line.startswith("warning: ")]
             assert caught.value.code in (0, 2), (number, lines)
+            assert "a fault of rdiff" not in errors.getvalue(), (number, lines)
             assert len(lines) == (caught.value.code == 2), (number, lines)
             codes.append(caught.value.code)
     assert 0.02 < codes.count(0) / len(codes) < 0.9  # some changes do no harm, most do

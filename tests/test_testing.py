@@ -37,6 +37,7 @@ BUNDLED = {entry.id: entry for entry in load("quickstart").suite.checkpoints}
 def linear() -> torch.nn.Module:
     layer = torch.nn.Linear(64, 4)
     torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
     return torch.nn.Sequential(torch.nn.Flatten(), layer)
 
 

@@ -58,7 +58,7 @@ class Dataset(Component, ABC):
     name: str = Field(min_length=1)
     group: str = ""
     origin: str = ""
-    severity: NonNegativeInt = 0
+    severity: NonNegativeInt = Field(0, le=5)
     every: PositiveInt = 1
     limit: PositiveInt | None = None
 

@@ -53,13 +53,15 @@ class Folder(Dataset):
     def open(self) -> Images:
         """The images, read when they are needed; an id is the path below the root."""
         files, root = self._files(), existing(self.root)
+        size = self._image(files[0][0]).shape
 
         def read(rows: Sequence[int]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]:
             with ThreadPoolExecutor(self.threads) as pool:
                 images = list(pool.map(lambda row: self._image(files[row][0]), rows))
-            shapes = sorted({tuple(image.shape[1:]) for image in images})
-            if len(shapes) > 1:
-                raise ValueError(f"images of {self.name} differ in size, as {shapes[0]} and {shapes[1]}; give crop")
+            for row, image in zip(rows, images, strict=True):
+                if image.shape != size:
+                    pair = " and ".join(f"{width}x{height}" for _, height, width in (size, image.shape))
+                    raise ValueError(f"images of {self.name} differ in size, {pair} at {files[row][0]}; give crop")
             return torch.stack(images), torch.tensor([files[row][1] for row in rows])
 
         return Images([path.relative_to(root).as_posix() for path, _ in files], read)
@@ -68,13 +70,16 @@ class Folder(Dataset):
         root = existing(self.root)
         if not root.is_dir():
             raise ValueError(f"{self.root} is not a folder")
-        names = self.folders or tuple(sorted(path.name for path in root.iterdir() if path.is_dir()))
+        there = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+        names = self.folders or tuple(there)
+        if len(set(names)) < len(names):
+            raise ValueError(f"folders of {self.name} names one twice; name each once, in the order of the classes")
         found = []
         for label, name in enumerate(names):
             folder = root / name
             if not folder.is_dir() or folder.resolve().parent != root.resolve():
                 raise ValueError(f"{self.root} has no folder of class {name}")
-            found += [(path, label) for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+            found += [(path, label) for path in sorted(folder.iterdir()) if _is_image(path)]
         if not found:
             raise ValueError(f"{self.root} is empty: it holds no image in a folder of a class")
         return found
@@ -84,17 +89,18 @@ class Folder(Dataset):
 
         try:
             with Image.open(path) as file:
-                image = file.convert(self.mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                deep, image = file.mode[0] in "IF", file.convert(self.mode)
+        except Exception as error:  # whatever a damaged file makes the decoder raise
             raise ValueError(f"{path} is not a readable image: {error}") from error
+        if deep:
+            raise ValueError(f"{path} has more than 8 bits a channel, which would be cut off; convert it to 8 bits")
         if self.resize:
-            scale = self.resize / min(image.size)
-            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-            image = image.resize(size, Image.Resampling.BILINEAR)
+            size = [int(self.resize * side / min(image.size)) for side in image.size]
+            image = image.resize((size[0], size[1]), Image.Resampling.BILINEAR)
         if self.crop:
             if min(image.size) < self.crop:
                 raise ValueError(f"{path} is {image.width}x{image.height}, too small for a crop of {self.crop}")
-            left, top = (image.width - self.crop) // 2, (image.height - self.crop) // 2
+            left, top = (round((side - self.crop) / 2) for side in image.size)
             image = image.crop((left, top, left + self.crop, top + self.crop))
         return _scaled(torch.from_numpy(np.array(image).reshape(image.height, image.width, -1)).permute(2, 0, 1))
 
@@ -138,19 +144,26 @@ class Arrays(Dataset):
                 f"{name}: images of shape {images.shape} and labels of shape {labels.shape}, {labels.dtype}; "
                 "needed are (n, h, w[, c]) and n integers"
             )
-        if images.dtype.kind not in "f" and images.dtype != np.uint8:
+        if images.dtype != np.uint8 and (images.dtype.kind != "f" or images.dtype.itemsize > 8):
             raise ValueError(f"{name}: images are {images.dtype}; needed are uint8, or floats in [0, 1]")
+        if labels.size and not (labels.min() >= -1 and labels.max() < 2**31):
+            ends = f"{labels.min()} to {labels.max()}"
+            raise ValueError(f"{name}: labels go from {ends}; needed are 0, 1, ... and -1 for none")
 
         def read(rows: Sequence[int]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]:
-            chosen = np.stack([images[row] for row in rows])
+            chosen = np.stack([images[row] for row in rows]).astype(images.dtype.newbyteorder("="), copy=False)
             pixels = torch.from_numpy(chosen[..., None] if chosen.ndim == 3 else chosen)
             pixels = pixels if self.layout == "nchw" and chosen.ndim == 4 else pixels.permute(0, 3, 1, 2)
             scaled = _scaled(pixels)
             if not bool(((scaled >= 0) & (scaled <= 1)).all()):
-                raise ValueError(f"{name}: pixels are outside [0, 1], as in image {rows[0]} or after it")
+                raise ValueError(f"{name}: pixels are outside [0, 1], as in image {rows[0]} or after it; rescale them")
             return scaled, torch.from_numpy(np.array([int(labels[row]) for row in rows]))
 
         return Images([f"{row:06d}" for row in range(len(images))], read)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.name[0] != "."
 
 
 def _scaled(pixels: Tensor) -> Tensor:
@@ -161,12 +174,12 @@ def _scaled(pixels: Tensor) -> Tensor:
 
 def _mapped(path: Path) -> np.ndarray:
     """An npy file, mapped; no pickle is ever run."""
+    if not path.is_file() or zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not an npy file; an npz goes under file:")
     try:
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path} is not an npy file that can be mapped: {error}") from error
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path} is not an npy file; an npz goes under file:")
     return array
 
 
@@ -192,5 +205,5 @@ def _member(path: Path, name: str) -> np.ndarray:
             return np.ndarray(shape, dtype, buffer=whole, offset=file.tell(), order=order)
     except KeyError:
         raise ValueError(f"{path} has no array {name!r}") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, TypeError) as error:
+    except Exception as error:  # whatever a damaged file makes zipfile and numpy raise
         raise ValueError(f"{path} is not a readable npz file: {error}") from error

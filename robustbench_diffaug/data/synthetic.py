@@ -4,7 +4,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from robustbench_diffaug import rng
 from robustbench_diffaug.data.base import Dataset, Images, in_memory
@@ -25,7 +25,7 @@ class Mixture(Dataset):
     kind: Literal["mixture"] = "mixture"
     name: str = "mixture"
     spec: MixtureSpec = MixtureSpec()
-    size: PositiveInt = 64
+    size: PositiveInt = Field(64, le=10_000)
     draw: int = 0
 
     def contents(self) -> str:

@@ -55,7 +55,7 @@ class Schedule(Value):
     """
 
     betas: Literal["linear", "cosine"] = "linear"
-    steps: Annotated[int, Field(ge=1)] = 1000
+    steps: Annotated[int, Field(ge=25, le=100_000)] = 1000
 
     def beta(self) -> Float[np.ndarray, " t"]:
         """The variance added in each step, float64."""

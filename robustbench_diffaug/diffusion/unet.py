@@ -4,7 +4,7 @@ import hashlib
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,9 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustbench_diffaug.batch import fixed_shape
-from robustbench_diffaug.component import Outside
 from robustbench_diffaug.diffusion.base import Denoise, Denoiser, Posterior, Schedule, Sigma
-from robustbench_diffaug.files import Location, Weights, existing
+from robustbench_diffaug.files import Digest, Location, Weights, existing
 
 __all__ = ["UNet", "as_denoise"]
 
@@ -33,7 +32,7 @@ class UNet(Denoiser):
 
     kind: Literal["unet"] = "unet"
     folder: Location
-    sha256: Annotated[str, Outside] = ""
+    sha256: Digest = ""
 
     def contents(self) -> str:
         """SHA-256 over the digest of the weights and the two configurations."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Shaped
-from pydantic import NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from robustbench_diffaug import paired, stats
 from robustbench_diffaug.batch import Batch, Columns, View
@@ -44,7 +44,7 @@ class Shift(Evaluator):
     modes: tuple[Literal["default", "de"], ...] = ("default",)
     denoiser: Denoiser | None = None
     times: tuple[NonNegativeInt, ...] = (0, 50, 100, 150, 200, 250, 300, 350, 400, 450)
-    bins: Annotated[int, Outside] = 15
+    bins: Annotated[int, Field(ge=1, le=1000), Outside] = 15
 
     @model_validator(mode="after")
     def _whole(self) -> "Shift":

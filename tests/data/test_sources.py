@@ -81,6 +81,35 @@ def test_folders(tmp_path: Path) -> None:
     assert dataset.contents() != before
 
 
+def test_crops_are_those_of_torchvision(tmp_path: Path) -> None:
+    from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+
+    (tmp_path / "a").mkdir()
+    for width, height, resize, crop in ((37, 23, 16, 13), (21, 50, 9, 6), (30, 31, 30, 29), (13, 17, 20, 20)):
+        pixels = rng.uniform(rng.key("crop", width), range(1), (height, width, 3))[0] * 256
+        image = Image.fromarray(pixels.astype(np.uint8))
+        image.save(tmp_path / "a/x.png")
+        found = Folder(name="f", root=str(tmp_path), resize=resize, crop=crop).opened().read([0])[0][0]
+        wanted = Compose([Resize(resize), CenterCrop(crop), PILToTensor()])(image)
+        assert torch.equal(found, wanted / 255)
+
+
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    for name in (".cache/1.png", "a/1.png", "a/._1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(PIXELS[0]).save(tmp_path / name)
+    source = Folder(name="f", root=str(tmp_path)).opened()
+    assert list(source.ids) == ["a/1.png"]
+    assert source.read([0])[1].tolist() == [0]
+
+
+def test_arrays_of_the_other_byte_order(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=(PIXELS / 255).astype(">f4"), labels=LABELS.astype(">i2"))
+    found, labels = Arrays(name="a", file=str(tmp_path / "a.npz")).opened().read([1, 2])
+    assert torch.allclose(found, expected([1, 2]))
+    assert labels.tolist() == [1, 2]
+
+
 def test_class_folders_cannot_lead_away(tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "root").mkdir()

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from types import FrameType
 from typing import TypeAlias
 
 import torch
@@ -39,13 +40,17 @@ def processes(device: str, workers: int) -> Executor:
         context = multiprocessing.get_context("spawn")
         watched, held = context.Pipe(duplex=False)
         begin = (device, threads(workers), watched)
-        with watched, held, ProcessPoolExecutor(workers, context, _begin, begin) as pool:
+        with watched, held, ProcessPoolExecutor(workers, context, _begin, begin) as pool, _letting_go(held) as asked:
             try:
                 with _uninterrupted():
                     futures = [pool.submit(run, task) for task in tasks]
                 for future in as_completed(futures):
                     yield future.result()
+                if asked:
+                    raise KeyboardInterrupt
             except BrokenProcessPool:
+                if asked:
+                    raise KeyboardInterrupt from None
                 raise ValueError("a worker process died; what is finished is kept, run again to continue") from None
             except BaseException:
                 held.close()  # the workers stop at once, in the middle of their tasks
@@ -59,6 +64,29 @@ def processes(device: str, workers: int) -> Executor:
 def threads(workers: int) -> int:
     """The threads of each of so many workers: what torch has here, shared."""
     return max(1, torch.get_num_threads() // workers)
+
+
+@contextmanager
+def _letting_go(held: Connection) -> Iterator[list[int]]:
+    """Within it Ctrl-C lets go of the workers, which ends them and so the pool, and fills the list.
+
+    An interrupt raised where it falls may fall between two locks of the pool, which then waits for ever.
+    """
+    asked: list[int] = []
+
+    def let_go(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        held.close()
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    signal.signal(signal.SIGINT, let_go)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Worker processes end with the command that started them, and what killed runs left is cleaned up."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -72,6 +73,17 @@ def left_of(process: subprocess.Popen[str]) -> list[int]:
     while (found := group_of(process)) and time.monotonic() < until:
         time.sleep(0.05)
     return found
+
+
+def test_ctrl_c_stops_all_processes_without_a_traceback(tmp_path: Path) -> None:
+    process = started(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.strip().endswith("run again to continue")
+    assert left_of(process) == []
+    assert list(tmp_path.rglob("*.parquet"))
 
 
 def test_workers_do_not_outlive_a_command_that_is_killed(tmp_path: Path) -> None:

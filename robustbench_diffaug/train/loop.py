@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from robustbench_diffaug import rng
 from robustbench_diffaug.checkpoints.timm_model import build
 from robustbench_diffaug.files import atomic
-from robustbench_diffaug.train.losses import Loss, Samples, classifier_loss, denoiser_loss
+from robustbench_diffaug.train.losses import Loss, classifier_loss, denoiser_loss
 from robustbench_diffaug.train.recipe import ClassifierRecipe, DenoiserRecipe, Recipe
+from robustbench_diffaug.train.samples import Samples
 
 __all__ = ["Step", "network_of", "train"]
 

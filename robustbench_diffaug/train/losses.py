@@ -1,45 +1,18 @@
 """What a training step minimises, as functions of a recipe, a network and some samples."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustbench_diffaug import rng
 from robustbench_diffaug.batch import Limits
 from robustbench_diffaug.train.recipe import Affine, ClassifierRecipe, DenoiserRecipe, DiffAug
+from robustbench_diffaug.train.samples import Samples
 
-__all__ = ["Loss", "Samples", "affine", "classifier_loss", "denoiser_loss", "diffaug"]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The samples of one step.
-
-    Arguments:
-        images: In [0, 1].
-        labels: The classes.
-        keys: The text that keys all randomness of each sample: (seed, epoch, id).
-    """
-
-    images: Float[Tensor, "b c h w"]
-    labels: Int[Tensor, " b"]
-    keys: Sequence[tuple[object, ...]]
-
-    def uniform(self, stream: str, count: int) -> Float[Tensor, "b k"]:
-        """`count` uniforms on (0, 1) of each sample."""
-        values = [rng.uniform(rng.key(stream, *key), range(1), (count,))[0] for key in self.keys]
-        return torch.from_numpy(np.stack(values)).to(self.images.device)
-
-    def normal(self, stream: str) -> Float[Tensor, "b c h w"]:
-        """Standard normals in the shape of the images."""
-        shape = tuple(self.images.shape[1:])
-        values = [rng.normal(rng.key(stream, *key), range(1), shape)[0] for key in self.keys]
-        return torch.from_numpy(np.stack(values)).to(self.images.device)
+__all__ = ["Loss", "affine", "classifier_loss", "denoiser_loss", "diffaug"]
 
 
 Loss = Callable[[nn.Module, Samples], dict[str, Tensor]]

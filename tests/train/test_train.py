@@ -17,8 +17,9 @@ from robustbench_diffaug.diffusion.unet import UNet
 from robustbench_diffaug.files import built_in
 from robustbench_diffaug.train import output
 from robustbench_diffaug.train.loop import network_of, train
-from robustbench_diffaug.train.losses import Samples, affine, classifier_loss, denoiser_loss, diffaug
+from robustbench_diffaug.train.losses import affine, classifier_loss, denoiser_loss, diffaug
 from robustbench_diffaug.train.recipe import Affine, ClassifierRecipe, DenoiserRecipe, DiffAug
+from robustbench_diffaug.train.samples import Samples
 
 
 def classifier(**more: Any) -> ClassifierRecipe:

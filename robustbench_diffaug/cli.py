@@ -130,26 +130,28 @@ def validate(suite: str, **flags: Any) -> int:
 @cli.command()
 @click.argument("recipe")
 @_flag("--output", "-o", type=FILE, help="Where the results go; default trained/<recipe name>.")
+@_flag("--set", "settings", multiple=True, metavar="A.B=VALUE", help="Replaces a value of the recipe.")
 @_flag("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @_flag("--data-dir", type=FILE, help="Where relative paths of datasets start.")
+@_flag("--tensorboard", is_flag=True, help="Writes events for TensorBoard too.")
 @_flag("--trust", is_flag=True, help="Lets the recipe name code of yours, which then runs.")
 @_flag("--quiet", "-q", is_flag=True, help="Shows no progress.")
 @_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
-def train(recipe: str, output: Path | None, device: str, quiet: bool, **flags: Any) -> int:
-    """Trains the classifier or denoiser of RECIPE, a YAML file or the name of a built-in one; continues if stopped."""
-    from robustbench_diffaug import engine, files, terminal
+def train(recipe: str, output: Path | None, device: str, quiet: bool, tensorboard: bool, **flags: Any) -> int:
+    """Trains the network of RECIPE, a YAML file or the name of a built-in one; continues if it was stopped.
+
+    In several processes: torchrun --nproc_per_node N -m robustbench_diffaug train RECIPE.
+    """
+    from robustbench_diffaug import files, terminal
     from robustbench_diffaug.train import output as training
 
     path, installed = files.locate(recipe, "recipes")
-    found = training.load(path, trust=flags["trust"] or installed, data_dir=flags["data_dir"])
+    found = training.load(
+        path, trust=flags["trust"] or installed, data_dir=flags["data_dir"], settings=flags["settings"]
+    )
     folder = output or Path("trained", found.name)
-    device = _device(device)
-    engine.settle(device)
-    with terminal.training(found, quiet) as show:
-        for step in training.run(found, folder, device):
-            show(step)
-    click.echo(f"weights  {folder}")
-    click.echo(f"entry    {folder / (found.name + '.yaml')}")
+    for line in terminal.train(found, folder, _device(device), quiet, tensorboard):
+        click.echo(line)
     return 0
 
 

@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-__all__ = ["Document", "parse", "read"]
+from robustbench_diffaug.component import suggest
+
+__all__ = ["Document", "apply", "dump", "parse", "read", "unshared"]
 
 LARGEST = 2**20
 NODES = 100_000
@@ -47,8 +49,27 @@ PLAIN = {
 }
 """What an unquoted text means, by its form and the letters it may begin with."""
 
+
+class Dumper(yaml.SafeDumper):
+    """YAML that every reader takes alike: what ours, YAML 1.1 or YAML 1.2 would take for no text is quoted."""
+
+    yaml_representers = {
+        kind: represent
+        for kind, represent in yaml.SafeDumper.yaml_representers.items()
+        if kind in (dict, list, tuple, str, int, float, bool, type(None), None)  # None: refuses all others
+    }
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """As SafeDumper does, but line breaks of Unicode are escaped: PyYAML itself reads them as other breaks."""
+        style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
 for _name, (_form, _first) in PLAIN.items():
-    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^({_form})$"), list(_first))
+    for _one in (Loader, Dumper):
+        _one.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^({_form})$"), list(_first))
+Dumper.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("^0o[0-7]+$"), ["0"])  # 1.2's, which 1.1 lacks
+Dumper.add_representer(str, Dumper.represent_text)
 
 
 @dataclass(frozen=True)
@@ -188,6 +209,22 @@ def parse(text: str) -> tuple[Any, dict[Place, int]]:
         raise ValueError("1: nested too deeply") from error
 
 
+def dump(data: Any) -> bytes:
+    """Data as a YAML file that `read` and any reader of YAML 1.1 or 1.2 take for the same, keys in their order.
+
+    Arguments:
+        data: Mappings with texts as keys, lists, tuples (read again as lists), texts, numbers, booleans and None.
+
+    Raises:
+        ValueError: If a value of another type is in it.
+    """
+    try:
+        return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True).encode()
+    except yaml.representer.RepresenterError as error:
+        needed = "give mappings, lists, texts, numbers, true, false or null"
+        raise ValueError(f"{_shown(error.args[-1])} cannot be written as YAML; {needed}") from error
+
+
 def _walk(node: yaml.Node, place: Place, lines: dict[Place, int], count: list[int]) -> None:
     """Notes the line of each place; refuses what no suite has: repeated keys, huge numbers, endless anchors."""
     count[0] += 1
@@ -210,3 +247,52 @@ def _walk(node: yaml.Node, place: Place, lines: dict[Place, int], count: list[in
         for index, value in enumerate(node.value):
             lines[(*place, index)] = value.start_mark.line + 1
             _walk(value, (*place, index), lines, count)
+
+
+def unshared(data: Any) -> Any:
+    """A copy in which an anchor and its aliases are values of their own, so that each can be set alone."""
+    if isinstance(data, dict):
+        return {key: unshared(value) for key, value in data.items()}
+    return [unshared(value) for value in data] if isinstance(data, list) else data
+
+
+def apply(data: Any, setting: str) -> tuple[str | int, ...]:
+    """Applies 'a.b=value' to what a file holds; items of lists go by position, name or id.
+
+    Returns:
+        The place that was set.
+
+    Raises:
+        ValueError: If there is no such place, or the value is not YAML.
+    """
+    dotted, equals, text = setting.partition("=")
+    parts = dotted.split(".")
+    if not equals or not all(parts):
+        raise ValueError(f"--set {setting}: needed is key=value, such as --set benches.certify.evaluator.n=1000")
+    try:
+        value, _ = parse(text)
+    except ValueError as error:
+        raise ValueError(f"--set {setting}: {str(error).partition(': ')[2]}") from error
+    place, path = data, list[str | int]()
+    for part in parts[:-1]:
+        key = _key(place, part, setting)
+        if isinstance(place, dict) and key not in place:
+            raise ValueError(f"--set {setting}: there is no {part!r}{suggest(part, list(map(str, place)))}")
+        place = place[key]
+        path.append(key)
+    path.append(_key(place, parts[-1], setting))
+    place[path[-1]] = value
+    return tuple(path)
+
+
+def _key(place: Any, part: str, setting: str) -> str | int:
+    if isinstance(place, dict):
+        return part
+    if not isinstance(place, list):
+        raise ValueError(f"--set {setting}: {part!r} is below a plain value")
+    names = [str(item.get("name", item.get("id", ""))) if isinstance(item, dict) else "" for item in place]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(place):
+        return int(part)
+    raise ValueError(f"--set {setting}: there is no item {part!r}{suggest(part, [name for name in names if name])}")

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, RootModel, model_validator
 
@@ -16,7 +16,7 @@ from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.evaluators.base import Evaluator
 from robustbench_diffaug.files import locate
 
-__all__ = ["Bench", "Loaded", "Suite", "apply", "check", "load"]
+__all__ = ["Bench", "Loaded", "Suite", "check", "load"]
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
 
@@ -126,8 +126,8 @@ def load(
     found = document.read(path)
     if not isinstance(found.data, dict):
         raise ValueError(f"{path}:1: a suite is a mapping with the keys name, checkpoints and benches")
-    data = _unshared(found.data)
-    given = {apply(data, setting): f"--set {setting}" for setting in settings}
+    data = document.unshared(found.data)
+    given = {document.apply(data, setting): f"--set {setting}" for setting in settings}
     if seed is not None:
         data["seed"] = seed
     found = document.Document(found.path, data, found.lines, given)
@@ -173,60 +173,11 @@ def _entries(file: Path, trust: bool) -> dict[str, Checkpoint]:
         return {_weights(found, index): entry for index, entry in enumerate(entries.root)}
 
 
-def _unshared(data: Any) -> Any:
-    """A copy in which an anchor and its aliases are values of their own, so that each can be set alone."""
-    if isinstance(data, dict):
-        return {key: _unshared(value) for key, value in data.items()}
-    return [_unshared(value) for value in data] if isinstance(data, list) else data
-
-
 def _limited(bench: Bench, limit: int) -> Bench:
     datasets = tuple(
         dataset.model_copy(update={"limit": min(limit, dataset.limit or limit)}) for dataset in bench.datasets
     )
     return bench.model_copy(update={"datasets": datasets})
-
-
-def apply(data: Any, setting: str) -> tuple[str | int, ...]:
-    """Applies 'a.b=value' to what a file holds; items of lists go by position, name or id.
-
-    Returns:
-        The place that was set.
-
-    Raises:
-        ValueError: If there is no such place, or the value is not YAML.
-    """
-    dotted, equals, text = setting.partition("=")
-    parts = dotted.split(".")
-    if not equals or not all(parts):
-        raise ValueError(f"--set {setting}: needed is key=value, such as --set benches.certify.evaluator.n=1000")
-    try:
-        value, _ = document.parse(text)
-    except ValueError as error:
-        raise ValueError(f"--set {setting}: {str(error).partition(': ')[2]}") from error
-    place, path = data, list[str | int]()
-    for part in parts[:-1]:
-        key = _key(place, part, setting)
-        if isinstance(place, dict) and key not in place:
-            raise ValueError(f"--set {setting}: there is no {part!r}{suggest(part, list(map(str, place)))}")
-        place = place[key]
-        path.append(key)
-    path.append(_key(place, parts[-1], setting))
-    place[path[-1]] = value
-    return tuple(path)
-
-
-def _key(place: Any, part: str, setting: str) -> str | int:
-    if isinstance(place, dict):
-        return part
-    if not isinstance(place, list):
-        raise ValueError(f"--set {setting}: {part!r} is below a plain value")
-    names = [str(item.get("name", item.get("id", ""))) if isinstance(item, dict) else "" for item in place]
-    if part in names:
-        return names.index(part)
-    if part.isdigit() and int(part) < len(place):
-        return int(part)
-    raise ValueError(f"--set {setting}: there is no item {part!r}{suggest(part, [name for name in names if name])}")
 
 
 def check(loaded: Loaded) -> tuple[str, ...]:

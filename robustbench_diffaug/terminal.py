@@ -17,14 +17,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from robustbench_diffaug.engine import Outcome, Task, total
+from robustbench_diffaug.engine import Outcome, Task, settle, total
 from robustbench_diffaug.evaluators.smoothing import Smoothing
 from robustbench_diffaug.runs import Finished, Options
 from robustbench_diffaug.suite import Suite
+from robustbench_diffaug.train import generate, loop, output, parallel
+from robustbench_diffaug.train.generate import Generation
 from robustbench_diffaug.train.loop import Step
 from robustbench_diffaug.train.recipe import Recipe
 
-__all__ = ["board", "plan", "progress", "training"]
+__all__ = ["board", "cost", "plan", "progress", "train", "training"]
 
 VIEWS = 3  # classifier forwards that cost about what a denoiser forward does, for the bar alone
 
@@ -67,18 +69,73 @@ def progress(quiet: bool) -> Iterator[Shown]:
 
 
 @contextmanager
-def training(recipe: Recipe, quiet: bool) -> Iterator[Callable[[Step], None]]:
-    """A bar over training steps."""
+def training(recipe: Recipe | Generation, quiet: bool) -> Iterator[Callable[[Step | tuple[int, int]], None]]:
+    """A bar over training steps, or over images that are made."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     clocks = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, *clocks, console=Console(stderr=True, quiet=quiet), disable=quiet) as bar:
-        job = bar.add_task(recipe.name, total=recipe.steps)
+        job = bar.add_task(recipe.name, total=None)
 
-        def show(step: Step) -> None:
+        def show(step: Step | tuple[int, int]) -> None:
+            if isinstance(recipe, Generation) or isinstance(step, tuple):
+                assert isinstance(step, tuple)
+                bar.update(job, completed=step[0], total=step[1])
+                return
             losses = ", ".join(f"{name} {value:.3f}" for name, value in step.losses.items())
-            bar.update(job, completed=step.number, description=f"{recipe.name}: {losses}")
+            right = "" if step.right is None else f", right {100 * step.right:.0f} %"
+            described = f"{recipe.name}: {losses}{right}"
+            bar.update(job, completed=step.number, total=recipe.steps, description=described)
 
         yield show
+
+
+def cost(recipe: Recipe, seconds: float, done: int, world: int) -> str:
+    """What training will cost, in one line.
+
+    Arguments:
+        recipe: What is trained.
+        seconds: A step takes.
+        done: Steps that an earlier run has done.
+        world: Processes.
+    """
+    left = max(0, recipe.steps - done)
+    counts = f"{left:,} of {recipe.steps:,} steps left, of {recipe.batch} images"
+    shared = f" in {world} processes" if world > 1 else ""
+    saved = f"state saved every {recipe.save_every} steps ({recipe.save_every * seconds:.0f} s)"
+    return f"{recipe.name}: {counts}{shared}; about {duration(left * seconds)} at {seconds:.3f} s a step; {saved}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it: '40 s', '12 min', '3.5 h'."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def train(
+    recipe: output.AnyRecipe | Generation, folder: Path, device: str, quiet: bool, tensorboard: bool
+) -> Iterator[str]:
+    """Trains or generates with a bar, and says where the results are; of several processes the first one speaks."""
+    if isinstance(recipe, Generation):
+        settle(device)
+        with training(recipe, quiet) as show:
+            for made in generate.run(recipe, folder, device):
+                show(made)
+        yield f"images   {folder}"
+        return
+    with parallel.joined(device) as (place, own):
+        settle(own)
+        silent = quiet or place.rank > 0
+        if not silent:
+            part = recipe.model_copy(update={"batch": max(recipe.accumulate, recipe.batch // place.world)})
+            line = cost(recipe, loop.seconds_per_step(part, own), loop.done(recipe, folder / "state.pt"), place.world)
+            Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+        with training(recipe, silent) as show:
+            for step in output.run(recipe, folder, own, place, tensorboard):
+                show(step)
+    if place.rank == 0:
+        yield f"weights  {folder}"
+        yield f"entry    {folder / (recipe.name + '.yaml')}"
 
 
 def plan(suite: Suite, tasks: Sequence[Task], options: Options) -> Iterator[str]:

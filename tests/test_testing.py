@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from robustbench_diffaug import testing
+import robustbench_diffaug.torchvision_guard  # noqa: F401  (before diffusers)
+from robustbench_diffaug import rng, testing
 from robustbench_diffaug.batch import Batch, Columns, View
 from robustbench_diffaug.checkpoints.base import Checkpoint
 from robustbench_diffaug.checkpoints.bayes import Bayes
@@ -21,9 +22,9 @@ from robustbench_diffaug.data.corrupted import Corrupted, Corruptions
 from robustbench_diffaug.data.embedded import Digits, Mnist5k
 from robustbench_diffaug.data.sources import Arrays, Folder
 from robustbench_diffaug.data.synthetic import Mixture
-from robustbench_diffaug.diffusion.base import Denoise, Denoiser, Posterior, Schedule, Sigma
+from robustbench_diffaug.diffusion.base import ConditionalDenoise, Denoise, Denoiser, Posterior, Schedule, Sigma
 from robustbench_diffaug.diffusion.gaussian import MixtureDenoiser
-from robustbench_diffaug.diffusion.unet import UNet
+from robustbench_diffaug.diffusion.unet import UNet, save
 from robustbench_diffaug.evaluators.base import Evaluator, Forwards
 from robustbench_diffaug.evaluators.shift import Shift
 from robustbench_diffaug.evaluators.smoothing import Smoothing
@@ -209,6 +210,14 @@ class Odd(Denoiser):
         sigmas = Schedule().sigmas()
         return sigmas[::-1] if self.fault == "decreasing" else sigmas
 
+    def size(self) -> int | None:
+        return 9 if self.fault == "size" else None
+
+    def level(self, time: float) -> float:  # type: ignore[misc]  # final, which Python does not enforce
+        if self.fault == "steps":  # right at all discrete times, constant between them
+            return self.sigma(max(0, round(time * 1000 + 0.499) - 1))
+        return super().level(time) * (1.001 if self.fault == "level" else 1)
+
     def load(self, device: torch.device) -> Denoise:
         def denoise(noisy: torch.Tensor, sigma: Sigma) -> Posterior:
             mean = noisy.clamp(0, 1)
@@ -233,12 +242,106 @@ class Odd(Denoiser):
         ("unclipped", "does not clip"),
         ("infinite", "NaN or infinite"),
         ("noise", "global random generator"),
+        ("size", "images are 9 pixels high and wide, not 8 and 8"),
+        ("level", "which is the same time, is not"),
+        ("steps", "level of odd does not increase"),
     ],
 )
 def test_broken_denoisers_are_caught(fault: str, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         testing.check_denoiser(Odd(fault=fault))
     testing.check_denoiser(Odd(fault="none"))
+
+
+class Told(Denoiser):
+    """The exact denoiser of the mixture, told classes with a fault of choice."""
+
+    kind: Literal["told"] = "told"
+    fault: str
+
+    def sigmas(self) -> np.ndarray:
+        return Schedule().sigmas()
+
+    def classes(self) -> int | None:
+        return {"secret": None, "no class": 0}.get(self.fault, 4)
+
+    def load(self, device: torch.device) -> Denoise:
+        return MixtureDenoiser(clip=self.clip).load(device)
+
+    def load_conditional(self, device: torch.device) -> ConditionalDenoise:
+        exact = MixtureDenoiser(clip=self.clip).load_conditional(device)
+
+        def denoise(noisy: torch.Tensor, sigma: Sigma, labels: torch.Tensor) -> Posterior:
+            found = exact(noisy, sigma, self.misheard(labels, sigma))
+            if self.fault in ("infinite", "unclipped"):
+                factor = torch.where(labels < 0, 1, float("nan") if self.fault == "infinite" else 3)
+                return Posterior(found.mean * factor[..., None, None, None])
+            if self.fault == "stacked" and noisy.ndim == 5:
+                return Posterior(found.mean.flip(0))
+            if self.fault == "label in place":
+                labels.zero_()
+            if self.fault == "image in place":
+                noisy.zero_()
+            if self.fault == "noise":
+                torch.rand(1)  # noqa: TID251
+            return found
+
+        return denoise
+
+    def misheard(self, labels: torch.Tensor, sigma: Sigma) -> torch.Tensor:
+        """The labels that are taken for those that were given."""
+        levels = torch.as_tensor(sigma).reshape(-1)
+        faults = {
+            "none is a class": lambda: labels.clamp(min=0),
+            "deaf": lambda: torch.full_like(labels, -1),
+            "one for all": lambda: labels.reshape(-1)[-1].expand(labels.shape),
+            "order": lambda: labels.flip(0) if levels[0] > levels[-1] else labels,
+            "one per image": lambda: labels[:, :1].expand(labels.shape) if labels.ndim == 2 else labels,
+            "above": lambda: labels.clamp(max=3),
+            "below": lambda: labels.clamp(min=-1),
+        }
+        return faults.get(self.fault, lambda: labels)()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("secret", r"no classes\(\) and yet load_conditional"),
+        ("no class", "has 0 classes"),
+        ("none is a class", "another estimate for the label -1"),
+        ("deaf", "same estimate for class 0 and 3"),
+        ("label in place", "told classes, told changes its input in place"),
+        ("image in place", "the label -1|told changes its input in place"),
+        ("infinite", "told classes, told gives NaN"),
+        ("unclipped", "told classes, told does not clip"),
+        ("one for all", "the labels beside"),
+        ("order", "told classes, told depends on the order"),
+        ("stacked", "told classes, told must take any leading axes"),
+        ("one per image", "each other's labels"),
+        ("above", "takes the label 4"),
+        ("below", "takes the label -2"),
+        ("noise", "global random generator"),
+    ],
+)
+def test_denoisers_that_mishear_classes_are_caught(fault: str, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        testing.check_denoiser(Told(fault=fault))
+    testing.check_denoiser(Told(fault="none"))
+
+
+def test_a_network_that_is_told_classes_passes(tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+
+    with rng.seeded(rng.key("told")):
+        network = UNet2DModel(
+            sample_size=16, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1,
+            norm_num_groups=4, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+            num_class_embeds=4,
+        )  # fmt: skip
+    save(tmp_path, network, Schedule())
+    testing.check_denoiser(UNet(folder=str(tmp_path), microbatch=4), (1, 16, 16))
+    with pytest.raises(AssertionError, match="images are 16 pixels high and wide, not 16 and 32"):
+        testing.check_denoiser(UNet(folder=str(tmp_path), microbatch=4), (1, 16, 32))
 
 
 class Strange(Dataset):

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from robustbench_diffaug import rng
 from robustbench_diffaug.batch import Limits
+from robustbench_diffaug.checkpoints.conditioning import Want
 from robustbench_diffaug.checkpoints.model import Model
 from robustbench_diffaug.component import Component, Outside, Value, fingerprint
 
@@ -65,6 +66,8 @@ class Checkpoint(Component, ABC):
         classes: The number of its outputs.
         preprocess: What it expects of an image.
         precision: Of the network's arithmetic.
+        wants: What the network sees besides the image: 'sigma', its noise level, and 'denoised', its denoised twin.
+            Such a network takes the planes of `conditioning.packed`, and `preprocess` is left as it is.
         microbatch: The number of images in every call of the network, part of the identity (see `fixed_shape`).
     """
 
@@ -73,7 +76,16 @@ class Checkpoint(Component, ABC):
     classes: PositiveInt
     preprocess: Preprocess = Preprocess()
     precision: Literal["float32", "bfloat16"] = "float32"
+    wants: tuple[Want, ...] = ()
     microbatch: PositiveInt = 128
+
+    @model_validator(mode="after")
+    def _wanted(self) -> "Checkpoint":
+        if self.wants and "sigma" not in self.wants:
+            raise ValueError("a network that wants denoised wants sigma too; give wants: [sigma, denoised]")
+        if self.wants and self.preprocess != Preprocess():
+            raise ValueError("a network that wants sigma is given images in [-1, 1]; leave out preprocess")
+        return self
 
     @abstractmethod
     def load(self) -> nn.Module:
@@ -108,4 +120,5 @@ def _loaded(
     dtype: torch.dtype = getattr(torch, checkpoint.precision)
     network.to(device=device, dtype=dtype)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks the keyword
-    return Model(checkpoint.id, network, checkpoint.preprocess, checkpoint.classes, checkpoint.microbatch, dtype)
+    shape = (checkpoint.classes, checkpoint.microbatch, dtype)
+    return Model(checkpoint.id, network, checkpoint.preprocess, *shape, checkpoint.wants)

@@ -6,6 +6,7 @@ from pydantic import PositiveInt
 from torch import nn
 
 from robustbench_diffaug.checkpoints.base import Checkpoint
+from robustbench_diffaug.checkpoints.conditioning import planes
 from robustbench_diffaug.component import Options, suggest
 from robustbench_diffaug.files import Weights
 
@@ -37,7 +38,7 @@ class Timm(Checkpoint):
 
     def load(self) -> nn.Module:
         """The network with its weights; every key must fit."""
-        network = build(self.arch, self.args, self.channels, self.classes)
+        network = build(self.arch, self.args, planes(self.channels, self.wants), self.classes)
         load_state(network, self.weights)
         return network
 

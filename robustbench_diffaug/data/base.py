@@ -6,17 +6,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, final
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from PIL.Image import Image
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from robustbench_diffaug.component import Component, fingerprint
 from robustbench_diffaug.records import Declared
 
-__all__ = ["Dataset", "Images", "in_memory"]
+__all__ = ["Dataset", "Images", "in_memory", "tensor_of"]
 
 Read = Callable[[Sequence[int]], tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]]
+Decode = Callable[[int], Image]
+Fit = Callable[[Image], Float[Tensor, "c h w"]]
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,23 @@ class Images:
     Arguments:
         ids: A stable name of each image.
         read: Images in [0, 1] and labels at some positions.
+        decode: The image at a position as it lies on disk, for crops of a trainer's own. It refuses, by the name of
+            the file, all that cannot be read or fitted.
+        fit: The dataset's own resize and crop of it; `read` is `fit(decode(row))`. Given where `decode` is.
+        labels: Of all images, where they are known without reading any. Given where `decode` is.
     """
 
     ids: Sequence[str]
     read: Read
+    decode: Decode | None = None
+    fit: Fit | None = None
+    labels: Sequence[int] | None = None
+
+
+def tensor_of(image: Image) -> Float[Tensor, "c h w"]:
+    """An image of 8 bits a channel as a tensor in [0, 1]."""
+    pixels = torch.from_numpy(np.array(image).reshape(image.height, image.width, -1)).permute(2, 0, 1)
+    return (pixels.float() / 255).contiguous()
 
 
 def in_memory(ids: Sequence[str], images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"]) -> Images:
@@ -39,7 +56,7 @@ def in_memory(ids: Sequence[str], images: Float[Tensor, "n c h w"], labels: Int[
         index = torch.as_tensor(list(rows))
         return images[index], labels[index]
 
-    return Images(ids, read)
+    return Images(ids, read, labels=labels.tolist())
 
 
 class Dataset(Component, ABC):

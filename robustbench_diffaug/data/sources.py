@@ -11,11 +11,12 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from robustbench_diffaug.component import Outside
-from robustbench_diffaug.data.base import Dataset, Images
+from robustbench_diffaug.data.base import Dataset, Images, tensor_of
 from robustbench_diffaug.files import DataLocation, existing, sha256
 
 __all__ = ["Arrays", "Folder"]
@@ -53,18 +54,23 @@ class Folder(Dataset):
     def open(self) -> Images:
         """The images, read when they are needed; an id is the path below the root."""
         files, root = self._files(), existing(self.root)
-        size = self._image(files[0][0]).shape
+        first = self._fitted(self._decoded(files[0][0]).size)
+
+        def decode(row: int) -> Image.Image:
+            path = files[row][0]
+            image = self._decoded(path)
+            if self._fitted(image.size) != first:
+                pair = " and ".join(f"{width}x{height}" for width, height in (first, self._fitted(image.size)))
+                raise ValueError(f"images of {self.name} differ in size, {pair} at {path}; give crop")
+            return image
 
         def read(rows: Sequence[int]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]:
             with ThreadPoolExecutor(self.threads) as pool:
-                images = list(pool.map(lambda row: self._image(files[row][0]), rows))
-            for row, image in zip(rows, images, strict=True):
-                if image.shape != size:
-                    pair = " and ".join(f"{width}x{height}" for _, height, width in (size, image.shape))
-                    raise ValueError(f"images of {self.name} differ in size, {pair} at {files[row][0]}; give crop")
+                images = list(pool.map(lambda row: self._fit(decode(row)), rows))
             return torch.stack(images), torch.tensor([files[row][1] for row in rows])
 
-        return Images([path.relative_to(root).as_posix() for path, _ in files], read)
+        ids = [path.relative_to(root).as_posix() for path, _ in files]
+        return Images(ids, read, decode, self._fit, [label for _, label in files])
 
     def _files(self) -> list[tuple[Path, int]]:
         root = existing(self.root)
@@ -84,9 +90,7 @@ class Folder(Dataset):
             raise ValueError(f"{self.root} is empty: it holds no image in a folder of a class")
         return found
 
-    def _image(self, path: Path) -> Float[Tensor, "c h w"]:
-        from PIL import Image
-
+    def _decoded(self, path: Path) -> Image.Image:
         try:
             with Image.open(path) as file:
                 deep, image = file.mode[0] in "IF", file.convert(self.mode)
@@ -94,15 +98,27 @@ class Folder(Dataset):
             raise ValueError(f"{path} is not a readable image: {error}") from error
         if deep:
             raise ValueError(f"{path} has more than 8 bits a channel, which would be cut off; convert it to 8 bits")
+        width, height = self._resized(image.size)
+        if self.crop and min(width, height) < self.crop:
+            raise ValueError(f"{path} is {width}x{height}, too small for a crop of {self.crop}")
+        return image
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        if not self.resize:
+            return size
+        width, height = (int(self.resize * side / min(size)) for side in size)
+        return width, height
+
+    def _fitted(self, size: tuple[int, int]) -> tuple[int, int]:
+        return (self.crop, self.crop) if self.crop else self._resized(size)
+
+    def _fit(self, image: Image.Image) -> Float[Tensor, "c h w"]:
         if self.resize:
-            size = [int(self.resize * side / min(image.size)) for side in image.size]
-            image = image.resize((size[0], size[1]), Image.Resampling.BILINEAR)
+            image = image.resize(self._resized(image.size), Image.Resampling.BILINEAR)
         if self.crop:
-            if min(image.size) < self.crop:
-                raise ValueError(f"{path} is {image.width}x{image.height}, too small for a crop of {self.crop}")
             left, top = (round((side - self.crop) / 2) for side in image.size)
             image = image.crop((left, top, left + self.crop, top + self.crop))
-        return _scaled(torch.from_numpy(np.array(image).reshape(image.height, image.width, -1)).permute(2, 0, 1))
+        return tensor_of(image)
 
 
 class Arrays(Dataset):
@@ -159,7 +175,7 @@ class Arrays(Dataset):
                 raise ValueError(f"{name}: pixels are outside [0, 1], as in image {rows[0]} or after it; rescale them")
             return scaled, torch.from_numpy(np.array([int(labels[row]) for row in rows]))
 
-        return Images([f"{row:06d}" for row in range(len(images))], read)
+        return Images([f"{row:06d}" for row in range(len(images))], read, labels=labels.tolist())
 
 
 def _is_image(path: Path) -> bool:

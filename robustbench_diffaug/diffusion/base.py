@@ -6,14 +6,14 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol, final, ru
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from robustbench_diffaug.batch import Limits
 from robustbench_diffaug.component import Component, Value, fingerprint
 
-__all__ = ["Denoise", "Denoiser", "Posterior", "Schedule", "Sigma"]
+__all__ = ["ConditionalDenoise", "Denoise", "Denoiser", "Posterior", "Schedule", "Sigma", "check_labels", "mixed"]
 
 Sigma = float | Float[Tensor, "*n"]
 """A noise level in [0, 1] pixel units: one for all images, or one of each image."""
@@ -38,6 +38,61 @@ class Denoise(Protocol):
     def __call__(self, noisy: Float[Tensor, "*n c h w"], sigma: Sigma) -> Posterior:
         """The posterior of the clean image given `noisy = x0 + sigma * eps`."""
         ...
+
+
+@runtime_checkable
+class ConditionalDenoise(Protocol):
+    """A loaded denoiser that knows classes: as `Denoise`, and a label of each image, -1 for no class."""
+
+    def __call__(self, noisy: Float[Tensor, "*n c h w"], sigma: Sigma, labels: Int[Tensor, "*n"]) -> Posterior:
+        """The posterior of the clean image given `noisy = x0 + sigma * eps` and its class."""
+        ...
+
+
+def check_labels(labels: Int[Tensor, "*n"], classes: int) -> None:
+    """Labels are -1, for none, or one of the classes; `load_conditional`'s denoisers call it.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    if labels.numel() and not -1 <= int(labels.min()) <= int(labels.max()) < classes:
+        ends = f"{int(labels.min())} to {int(labels.max())}"
+        raise ValueError(f"labels go from {ends}, the denoiser has the classes 0 to {classes - 1}, and -1 for none")
+
+
+def mixed(
+    denoise: Denoise | None, conditional: ConditionalDenoise, mixing: float, clip: bool = False
+) -> ConditionalDenoise:
+    """The denoiser of the mixed score `s = (1 - mixing) s(x) + mixing s(x | y)`.
+
+    `D(x) = x + sigma^2 s(x)` is affine in the score, so `D = (1 - mixing) D(x) + mixing D(x | y)`: the unconditional
+    denoiser at 0, the conditional one at 1, classifier-free guidance of scale `mixing` beyond. At 0 and 1 one network
+    is called, else two. The learned variance is that of the conditional network, or at 0 the unconditional one's.
+
+    Arguments:
+        denoise: `D(x)`; None takes `conditional` with the label -1.
+        conditional: `D(x | y)`. Beyond 1 both should be unclamped, since clamping first is another mix.
+        mixing: The share of the conditional score, any number.
+        clip: Whether the mixed estimate is clamped to [0, 1].
+
+    References:
+        Classifier-Free Diffusion Guidance (Ho and Salimans, 2022), https://arxiv.org/abs/2207.12598
+    """
+
+    def plain(noisy: Float[Tensor, "*n c h w"], sigma: Sigma) -> Posterior:
+        if denoise is not None:
+            return denoise(noisy, sigma)
+        none = torch.full(noisy.shape[:-3], -1, dtype=torch.long, device=noisy.device)
+        return conditional(noisy, sigma, none)
+
+    def denoise_mixed(noisy: Float[Tensor, "*n c h w"], sigma: Sigma, labels: Int[Tensor, "*n"]) -> Posterior:
+        found = plain(noisy, sigma) if mixing == 0 else conditional(noisy, sigma, labels)
+        mean = found.mean
+        if mixing not in (0, 1):
+            mean = (1 - mixing) * plain(noisy, sigma).mean + mixing * mean
+        return Posterior(mean.clamp(0, 1) if clip else mean, found.spread)
+
+    return denoise_mixed
 
 
 class Schedule(Value):
@@ -109,6 +164,25 @@ class Denoiser(Component, ABC):
         """The number of image channels, where it is bound to one; needs no weights. Default: any."""
         return None
 
+    def size(self) -> int | None:
+        """Height and width of the images, where it is made for one size; needs no weights. Default: any."""
+        return None
+
+    def classes(self) -> int | None:
+        """The number of classes that it can be told; needs no weights. Default: it is not class-conditional."""
+        return None
+
+    def load_conditional(self, device: torch.device) -> ConditionalDenoise:
+        """The network that is told the class. Default: there is none.
+
+        Raises:
+            ValueError: If it is not class-conditional, or its files are missing or damaged.
+        """
+        raise ValueError(
+            f"the denoiser {self.kind} knows no classes; give a class-conditional one, such as a unet whose "
+            "config.json has num_class_embeds"
+        )
+
     @final
     def sigma(self, t: int) -> float:
         """The noise level of time `t`, which must be one of the schedule's."""
@@ -134,9 +208,59 @@ class Denoiser(Component, ABC):
         return t
 
     @final
+    def level(self, time: float) -> float:
+        """The noise level of a continuous time, between those of the discrete times `t_i = (i + 1) / N`.
+
+        `log alpha = -log(1 + (2 sigma)^2) / 2` is linear in t between them, and below `t_0` goes to 0 at time 0.
+        `level(1e-3)`, the usual end of solvers, is `sigma(0)` of a schedule with 1,000 steps. The authors' cut of times
+        whose log signal-to-noise ratio is below -5.1 is not made.
+
+        Arguments:
+            time: In (0, 1].
+
+        Raises:
+            ValueError: If it is not.
+
+        References:
+            DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling (Lu et al., 2022), section 3.4,
+            https://arxiv.org/abs/2206.00927
+        """
+        if not 0 < time <= 1:
+            raise ValueError(f"time {time:g} is outside (0, 1]; the last time of the schedule is 1, its first 1/steps")
+        sigmas = self.sigmas()
+        position = time * len(sigmas)
+        if abs(position - round(position)) < 1e-9 and position > 0.5:
+            return float(sigmas[round(position) - 1])  # discrete times keep their levels to the bit
+        doubled_log_alpha = np.concatenate([[0.0], -np.log1p(4 * sigmas**2)])
+        found = np.interp(position, np.arange(len(sigmas) + 1), doubled_log_alpha)
+        return float(np.sqrt(np.expm1(-found)) / 2)
+
+    @final
     def loaded(self, limits: Limits) -> Denoise:
         """What `load` gives, loaded once per process and device."""
         return _loaded(self, fingerprint(self), limits.device)
+
+    @final
+    def loaded_conditional(self, limits: Limits) -> ConditionalDenoise:
+        """What `load_conditional` gives, loaded once per process and device."""
+        return _loaded_conditional(self, fingerprint(self), limits.device)
+
+    @final
+    def loaded_mixed(self, limits: Limits, mixing: float) -> ConditionalDenoise:
+        """`mixed` of this one denoiser's two estimates, both unclamped, the mix clamped where `clip` says so.
+
+        At 0 any denoiser will do, and labels are ignored.
+
+        Raises:
+            ValueError: If it is not class-conditional and `mixing` is not 0.
+        """
+        if mixing == 0:
+            denoise = self.loaded(limits)
+            return lambda noisy, sigma, labels: denoise(noisy, sigma)
+        if mixing == 1:
+            return self.loaded_conditional(limits)
+        plain = self.model_copy(update={"clip": False})
+        return mixed(None, plain.loaded_conditional(limits), mixing, self.clip)
 
 
 @lru_cache(maxsize=8)
@@ -146,3 +270,8 @@ def _loaded(
     device: str,
 ) -> Denoise:
     return denoiser.load(torch.device(device))
+
+
+@lru_cache(maxsize=8)
+def _loaded_conditional(denoiser: Denoiser, identity: str, device: str) -> ConditionalDenoise:
+    return denoiser.load_conditional(torch.device(device))

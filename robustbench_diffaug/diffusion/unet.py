@@ -2,20 +2,29 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from robustbench_diffaug.batch import fixed_shape
-from robustbench_diffaug.diffusion.base import Denoise, Denoiser, Posterior, Schedule, Sigma
+from robustbench_diffaug.diffusion.base import (
+    ConditionalDenoise,
+    Denoise,
+    Denoiser,
+    Posterior,
+    Schedule,
+    Sigma,
+    check_labels,
+)
 from robustbench_diffaug.files import Digest, Location, Weights, existing
 
-__all__ = ["UNet", "as_denoise"]
+__all__ = ["UNet", "as_conditional", "as_denoise", "save"]
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 CONFIG = "unet/config.json"
@@ -24,6 +33,8 @@ SCHEDULER = "scheduler/scheduler_config.json"
 
 class UNet(Denoiser):
     """A folder written by diffusers: `unet/` (config and safetensors) and `scheduler/`.
+
+    A network of K classes has `num_class_embeds` = K + 1 in its configuration; the last embedding is that of no class.
 
     Arguments:
         folder: Its path.
@@ -48,24 +59,63 @@ class UNet(Denoiser):
 
     def channels(self) -> int | None:
         """The number of channels in the network's configuration."""
-        return int(json.loads(_read(existing(self.folder), CONFIG))["in_channels"])
+        return int(self._config()["in_channels"])
+
+    def size(self) -> int | None:
+        """The `sample_size` in the network's configuration, where it has one and images are square."""
+        found = self._config().get("sample_size")
+        sides = {found} if isinstance(found, int) else set(found or ())
+        return int(sides.pop()) if len(sides) == 1 else None
+
+    def classes(self) -> int | None:
+        """One less than the `num_class_embeds` of the network's configuration."""
+        config = self._config()
+        if config.get("class_embed_type"):
+            raise ValueError(
+                f"{self.folder}: class_embed_type {config['class_embed_type']} is not supported; "
+                "needed is num_class_embeds: the number of classes and one for none"
+            )
+        count = config.get("num_class_embeds")
+        if count is not None and count < 2:
+            raise ValueError(f"{self.folder}: num_class_embeds is {count}; needed is the number of classes and one")
+        return None if count is None else int(count) - 1
 
     def load(self, device: torch.device) -> Denoise:
-        """The network, in evaluation mode, without going through any hub."""
+        """The network, in evaluation mode, without going through any hub; a class-conditional one is told no class."""
+        schedule, classes = schedule_of(existing(self.folder)), self.classes()
+        return as_denoise(self._network(device), schedule, self.precision, self.clip, self.microbatch, classes)
+
+    def load_conditional(self, device: torch.device) -> ConditionalDenoise:
+        """The network that is told the class.
+
+        Raises:
+            ValueError: If its configuration has no `num_class_embeds`.
+        """
+        schedule, classes = schedule_of(existing(self.folder)), self.classes()
+        if classes is None:
+            raise ValueError(
+                f"{self.folder} knows no classes: unet/config.json has no num_class_embeds; "
+                "give a denoiser that was trained with classes"
+            )
+        return as_conditional(self._network(device), schedule, classes, self.precision, self.clip, self.microbatch)
+
+    def _network(self, device: torch.device) -> nn.Module:
         import robustbench_diffaug.torchvision_guard  # noqa: F401  # isort: skip
         from diffusers import UNet2DModel
         from safetensors.torch import load_file
 
-        root = existing(self.folder)
-        config = json.loads(_read(root, CONFIG))
-        network = UNet2DModel.from_config(config)
+        network: nn.Module = UNet2DModel.from_config(self._config())
         state = load_file(self._weights().check())
         state = {name: value.float() for name, value in state.items()}
         wrong = network.load_state_dict(state, strict=False)
         if wrong.missing_keys or wrong.unexpected_keys:
             named = (wrong.missing_keys + wrong.unexpected_keys)[0]
             raise ValueError(f"{self.folder}: the weights do not fit unet/config.json, first at {named}")
-        return as_denoise(network.to(device), schedule_of(root), self.precision, self.clip, self.microbatch)
+        return network.to(device)
+
+    def _config(self) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads(_read(existing(self.folder), CONFIG))
+        return config
 
     def _weights(self) -> Weights:
         return Weights(uri=f"{self.folder}/{WEIGHTS}", sha256=self.sha256)
@@ -79,6 +129,11 @@ def schedule_of(root: Path) -> Schedule:
     """
     config = json.loads(_read(root, SCHEDULER))
     steps, betas = int(config["num_train_timesteps"]), config["beta_schedule"]
+    predicted = config.get("prediction_type", "epsilon")
+    if predicted != "epsilon":
+        raise ValueError(
+            f"{root / SCHEDULER}: prediction_type {predicted} is not supported; needed is epsilon, the noise"
+        )
     ends = (config["beta_start"] * steps, config["beta_end"] * steps)
     if betas == "linear" and np.allclose(ends, (0.1, 20.0)):
         return Schedule(betas="linear", steps=steps)
@@ -99,7 +154,12 @@ def _tables(schedule: Schedule, device: torch.device) -> Float[Tensor, " t"]:
 
 
 def as_denoise(
-    network: nn.Module, schedule: Schedule, precision: str = "float32", clip: bool = True, microbatch: int | None = None
+    network: nn.Module,
+    schedule: Schedule,
+    precision: str = "float32",
+    clip: bool = True,
+    microbatch: int | None = None,
+    classes: int | None = None,
 ) -> Denoise:
     """A noise-predicting network of images in [-1, 1] as `D(x, sigma)` of images in [0, 1].
 
@@ -112,14 +172,56 @@ def as_denoise(
         precision: Of its arithmetic.
         clip: Whether the estimate is clamped to [0, 1].
         microbatch: The one shape in which it is called; None calls it with what there is.
+        classes: Of a class-conditional network, which is told `class_labels=classes`: no class.
     """
+    estimate = _estimate(network, schedule, precision, clip, microbatch)
+
+    def denoise(noisy: Float[Tensor, "*n c h w"], sigma: Sigma) -> Posterior:
+        if classes is None:
+            return estimate(noisy, sigma, None)
+        return estimate(noisy, sigma, torch.full(noisy.shape[:-3], classes, device=noisy.device))
+
+    return denoise
+
+
+def as_conditional(
+    network: nn.Module,
+    schedule: Schedule,
+    classes: int,
+    precision: str = "float32",
+    clip: bool = True,
+    microbatch: int | None = None,
+) -> ConditionalDenoise:
+    """A class-conditional network as `D(x, sigma, label)`; otherwise as `as_denoise`.
+
+    Arguments:
+        network: Called as `network(images, times, class_labels=labels)`, labels 0 to `classes`, the last for no class.
+        schedule: Its noise levels.
+        classes: The number of classes.
+        precision: Of its arithmetic.
+        clip: Whether the estimate is clamped to [0, 1].
+        microbatch: The one shape in which it is called; None calls it with what there is.
+    """
+    estimate = _estimate(network, schedule, precision, clip, microbatch)
+
+    def denoise(noisy: Float[Tensor, "*n c h w"], sigma: Sigma, labels: Int[Tensor, "*n"]) -> Posterior:
+        check_labels(labels, classes)
+        return estimate(noisy, sigma, torch.where(labels < 0, classes, labels))
+
+    return denoise
+
+
+def _estimate(
+    network: nn.Module, schedule: Schedule, precision: str, clip: bool, microbatch: int | None
+) -> Callable[[Tensor, Sigma, Tensor | None], Posterior]:
+    """The posterior given images, levels and the labels that the network takes, None where it takes none."""
     dtype: torch.dtype = getattr(torch, precision)
     exact = torch.float64 if precision == "float64" else torch.float32  # of all but the network
     network = network.eval().requires_grad_(False)
     nn.Module.to(network, dtype=dtype)  # diffusers' own `to` warns of every cast
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks the keyword
 
-    def denoise(noisy: Float[Tensor, "*n c h w"], sigma: Sigma) -> Posterior:
+    def estimate(noisy: Tensor, sigma: Sigma, labels: Tensor | None) -> Posterior:
         flat = noisy.reshape(-1, *noisy.shape[-3:])
         levels = torch.as_tensor(sigma, dtype=torch.float64, device=flat.device)
         levels = levels.expand(noisy.shape[:-3]).reshape(-1)
@@ -129,30 +231,43 @@ def as_denoise(
         doubled = (2 * levels).to(exact)[:, None, None, None]
         signed = 2 * flat.to(exact) - 1
         scaled = signed / (1 + doubled**2).sqrt()
-        # The time rides along as one more plane, so that one tensor passes through `fixed_shape`.
-        packed = torch.cat([scaled, times.to(exact)[:, None, None, None].expand(-1, 1, *scaled.shape[2:])], dim=1)
+        # What else the network is told rides along as planes, so that one tensor passes through `fixed_shape`.
+        told = [times] if labels is None else [times, labels.reshape(-1)]
+        planes = [value.to(exact)[:, None, None, None].expand(-1, 1, *scaled.shape[2:]) for value in told]
+        packed, channels = torch.cat([scaled, *planes], dim=1), flat.shape[1]
 
         def call(rows: Tensor) -> Tensor:
-            images = rows[:, :-1].to(dtype=dtype, memory_format=torch.channels_last)
-            output: Tensor = network(images, rows[:, -1, 0, 0].round().long()).sample
+            images = rows[:, :channels].to(dtype=dtype, memory_format=torch.channels_last)
+            numbers = rows[:, channels:, 0, 0].round().long()
+            more = {} if labels is None else {"class_labels": numbers[:, 1]}
+            output: Tensor = network(images, numbers[:, 0], **more).sample
             return output.to(exact)
 
         output = call(packed) if microbatch is None else fixed_shape(call, packed, microbatch)
-        channels = flat.shape[1]
         clean = (signed - doubled * output[:, :channels] + 1) / 2
         clean = clean.clamp(0, 1) if clip else clean
         spread = output[:, channels:].reshape(noisy.shape).to(noisy.dtype) if output.shape[1] > channels else None
         return Posterior(clean.reshape(noisy.shape).to(noisy.dtype), spread)
 
-    return denoise
+    return estimate
 
 
 def save(folder: Path, network: Any, schedule: Schedule) -> None:
-    """Writes a network and its schedule the way diffusers does, weights in safetensors."""
+    """Writes a network and its schedule the way diffusers does, weights in safetensors.
+
+    Arguments:
+        folder: Where; `UNet` reads it again.
+        network: A UNet2DModel; with `num_class_embeds` it is class-conditional, with twice the outputs it has learned
+            the range of its variance.
+        schedule: What it was trained with.
+    """
     from diffusers import DDPMScheduler
 
     network.save_pretrained(folder / "unet", safe_serialization=True)
     betas = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule.betas]
     ends = {"beta_start": 0.1 / schedule.steps, "beta_end": 20 / schedule.steps}
+    learned = network.config.out_channels == 2 * network.config.in_channels
+    variance = {"variance_type": "learned_range"} if learned else {}
     scheduler: Any = DDPMScheduler
-    scheduler(num_train_timesteps=schedule.steps, beta_schedule=betas, **ends).save_pretrained(folder / "scheduler")
+    made = scheduler(num_train_timesteps=schedule.steps, beta_schedule=betas, **ends, **variance)
+    made.save_pretrained(folder / "scheduler")

@@ -1,21 +1,27 @@
 """The training loop: a generator that yields after every step, so that its caller owns logging and stopping."""
 
-import math
+import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robustbench_diffaug import rng
-from robustbench_diffaug.checkpoints.timm_model import build
 from robustbench_diffaug.files import atomic
-from robustbench_diffaug.train.losses import Loss, classifier_loss, denoiser_loss
-from robustbench_diffaug.train.recipe import ClassifierRecipe, DenoiserRecipe, Recipe
+from robustbench_diffaug.train.losses import Loss, Terms, loss_of
+from robustbench_diffaug.train.networks import network_of
+from robustbench_diffaug.train.optimiser import build_optimiser, build_schedule
+from robustbench_diffaug.train.parallel import Place, agreed, averaged, wrapped
+from robustbench_diffaug.train.recipe import ClassifierRecipe, Extra, Recipe
 from robustbench_diffaug.train.samples import Samples
+from robustbench_diffaug.train.start import begin
+from robustbench_diffaug.train.stream import stream
 
-__all__ = ["Step", "network_of", "train"]
+__all__ = ["Step", "check", "done", "seconds_per_step", "train"]
 
 
 @dataclass(frozen=True)
@@ -24,29 +30,34 @@ class Step:
 
     Arguments:
         number: From 1.
-        losses: The weighted terms by name.
+        losses: The weighted terms by name, means over all processes.
+        right: The share of the ordinary branch that was classified right, where there is one.
+        lr: The learning rate.
         kept: The network whose weights would be kept now: the average where the recipe has one.
     """
 
     number: int
     losses: dict[str, float]
+    right: float | None
+    lr: float
     kept: nn.Module
 
 
-def network_of(recipe: Recipe) -> nn.Module:
-    """The recipe's network with its initial weights, a function of the recipe alone."""
-    with rng.seeded(rng.key("initial weights", recipe.seed)):
-        if isinstance(recipe, ClassifierRecipe):
-            return build(recipe.arch, recipe.args, recipe.channels, recipe.classes)
-        assert isinstance(recipe, DenoiserRecipe)
-        import robustbench_diffaug.torchvision_guard  # noqa: F401  # isort: skip
-        from diffusers import UNet2DModel
+@dataclass
+class Run:
+    """What changes while a recipe is trained."""
 
-        network: nn.Module = UNet2DModel(in_channels=recipe.channels, out_channels=recipe.channels, **dict(recipe.unet))
-        return network
+    recipe: Recipe
+    place: Place
+    network: nn.Module
+    forward: nn.Module
+    average: nn.Module
+    optimiser: torch.optim.Optimizer
+    schedule: Any
+    loss: Loss
 
 
-def train(recipe: Recipe, state: Path, device: str = "cpu") -> Iterator[Step]:
+def train(recipe: Recipe, state: Path, device: str = "cpu", place: Place | None = None) -> Iterator[Step]:
     """Trains, yielding after every step; continues from `state` if a run was stopped there.
 
     An unbroken run and a continued one give the same weights, bitwise on one device.
@@ -55,96 +66,154 @@ def train(recipe: Recipe, state: Path, device: str = "cpu") -> Iterator[Step]:
         recipe: What to train.
         state: A file for the state of the run, written whole every `save_every` steps and at the end.
         device: 'cpu' or 'cuda[:N]'.
+        place: Which of several processes this is; each trains on its share of every batch.
 
     Raises:
         ValueError: If the images do not fit the recipe, the state is another recipe's, or the loss is not finite.
     """
-    source = recipe.dataset.opened()
-    rows = recipe.dataset.rows()
-    images, labels = source.read(rows)
-    ids = [source.ids[row] for row in rows]
-    _check(recipe, images, labels)
-    images, labels = images.to(device), labels.to(device)
-    network = network_of(recipe).to(device).train()
-    average = network_of(recipe).to(device).eval() if recipe.ema else network
-    for module in (network, average):
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks the keyword
-    optimiser = _optimiser(recipe, network)
-    loss = _loss(recipe)
-    done = _resume(state, recipe, network, average, optimiser)
-    for number in range(done + 1, recipe.steps + 1):
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.optimiser.lr * _rate(number / recipe.steps, recipe.optimiser.warmup)
-        with rng.seeded(rng.key("step", recipe.seed, number)):
-            terms = loss(network, _samples(recipe, number, images, labels, ids))
-        total = torch.stack(list(terms.values())).sum()
-        if not bool(torch.isfinite(total)):
-            named = ", ".join(f"{name} {float(value.detach()):g}" for name, value in terms.items())
-            raise ValueError(f"the loss is not finite at step {number} ({named}); the last good state is {state}")
-        optimiser.zero_grad(set_to_none=True)
-        total.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), recipe.optimiser.clip)
-        optimiser.step()
-        if recipe.ema:
-            _average(average, network, min(recipe.ema, (1 + number) / (10 + number)))
-        if number % recipe.save_every == 0 or number == recipe.steps:
-            saved = {"recipe": recipe.digest, "step": number, "network": network.state_dict()}
-            saved |= {"average": average.state_dict(), "optimiser": optimiser.state_dict()}
-            with atomic(state) as file:
-                torch.save(saved, file)
-        yield Step(number, {name: float(value.detach()) for name, value in terms.items()}, average)
+    place = place or Place()
+    check(recipe)
+    run = _begin(recipe, device, place, start=not state.exists())
+    before = _resume(state, run) if state.exists() else 0
+    for number, samples in enumerate(_samples(recipe, before + 1, place, device), before + 1):
+        if number > recipe.steps:
+            return
+        terms = _update(run, number, samples, state)
+        if place.rank == 0 and (number % recipe.save_every == 0 or number == recipe.steps):
+            _save(state, run, number)
+        right = terms.pop("right", None)
+        yield Step(number, terms, right, run.optimiser.param_groups[0]["lr"], run.average)
 
 
-def _check(recipe: Recipe, images: Tensor, labels: Tensor) -> None:
-    if len(images) == 0:
-        raise ValueError(f"dataset {recipe.dataset.name} is empty")
-    if images.shape[1] != recipe.channels:
-        raise ValueError(f"dataset {recipe.dataset.name} has {images.shape[1]} channels, the recipe {recipe.channels}")
-    if isinstance(recipe, ClassifierRecipe):
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= recipe.classes:
-            raise ValueError(
-                f"labels of {recipe.dataset.name} go from {low} to {high}, the recipe has {recipe.classes}"
-            )
-        if recipe.diffaug and recipe.diffaug.denoiser.channels() not in (None, recipe.channels):
-            found = recipe.diffaug.denoiser.channels()
+def seconds_per_step(recipe: Recipe, device: str = "cpu", trials: int = 3) -> float:
+    """How long a step takes here, from a few steps whose result is thrown away."""
+    check(recipe)
+    run = _begin(recipe, device, Place(), start=False)
+    clock = 0.0
+    for number, samples in enumerate(_samples(recipe, 1, Place(), device), 1):
+        if number == 2:  # the first one loads networks and chooses kernels
+            clock = time.perf_counter()
+        if number == trials + 2:
+            break
+        _update(run, number, samples, Path("none"))
+    return (time.perf_counter() - clock) / trials
+
+
+def check(recipe: Recipe) -> None:
+    """Finds out whether the first images fit the recipe.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    extra = _extra(recipe)
+    for dataset in (recipe.dataset, *([extra.dataset] if extra else [])):
+        if not len(dataset.rows()):
+            raise ValueError(f"dataset {dataset.name} is empty")
+        images, _ = dataset.opened().read(dataset.rows()[:1])
+        if images.shape[1] != recipe.channels:
+            raise ValueError(f"dataset {dataset.name} has {images.shape[1]} channels, the recipe {recipe.channels}")
+    named = {"diffaug": getattr(recipe, "diffaug", None), "guidance": recipe}
+    for term in named.values():
+        denoiser = getattr(term, "denoiser", None)
+        if denoiser and denoiser.channels() not in (None, recipe.channels):
+            found = denoiser.channels()
             raise ValueError(f"the denoiser is for {found} channels, the recipe's images have {recipe.channels}")
 
 
-def _loss(recipe: Recipe) -> Loss:
-    if isinstance(recipe, ClassifierRecipe):
-        return classifier_loss(recipe)
-    assert isinstance(recipe, DenoiserRecipe)
-    return denoiser_loss(recipe)
+def _extra(recipe: Recipe) -> Extra | None:
+    return recipe.extra if isinstance(recipe, ClassifierRecipe) else None
 
 
-def _optimiser(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
-    matrices = [p for p in network.parameters() if p.ndim > 1]
-    vectors = [p for p in network.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.optimiser.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.optimiser.lr)
+def _samples(recipe: Recipe, first: int, place: Place, device: str) -> Iterator[Samples]:
+    """The samples of this process, step by step, their labels checked."""
+    extra = _extra(recipe)
+    found = stream(
+        recipe.dataset,
+        extra.dataset if extra else None,
+        extra.share if extra else 0.0,
+        recipe.seed,
+        recipe.batch,
+        first,
+        place,
+        recipe.crop if isinstance(recipe, ClassifierRecipe) else None,
+        device,
+        recipe.workers,
+    )
+    classes = getattr(recipe, "classes", None)
+    for samples in found:
+        if classes is not None:
+            low, high = int(samples.labels.min()), int(samples.labels.max())
+            if low < 0 or high >= classes:
+                raise ValueError(f"labels of {recipe.dataset.name} go from {low} to {high}, the recipe has {classes}")
+        yield samples
 
 
-def _rate(share: float, warmup: float) -> float:
-    """The learning rate as a share of the largest, after a share of the steps."""
-    return share / warmup if share < warmup else (1 + math.cos(math.pi * (share - warmup) / (1 - warmup))) / 2
+def _begin(recipe: Recipe, device: str, place: Place, start: bool) -> Run:
+    network = network_of(recipe).to(device).train()
+    average = network_of(recipe).to(device).eval() if recipe.ema else network
+    if recipe.channels_last:
+        for module in (network, average):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks the keyword
+    optimiser = build_optimiser(recipe.optimiser, network)
+    if start and recipe.start:
+        begin(recipe.start, network, optimiser)
+    if recipe.ema:
+        average.load_state_dict(network.state_dict())
+    schedule = build_schedule(recipe.optimiser, optimiser, recipe.steps)
+    forward = wrapped(network, place, device)
+    if recipe.compile:
+        forward = torch.compile(forward)  # type: ignore[assignment]  # a module gives a module
+    return Run(recipe, place, network, forward, average, optimiser, schedule, loss_of(recipe))
 
 
-def _samples(recipe: Recipe, number: int, images: Tensor, labels: Tensor, ids: list[str]) -> Samples:
-    """The samples of a step: a window of the endless sequence of shuffled epochs."""
-    positions = range((number - 1) * recipe.batch, number * recipe.batch)
-    places = [divmod(position, len(ids)) for position in positions]
-    orders = {
-        epoch: rng.permutation(rng.key("order", recipe.seed, epoch), len(ids))
-        for epoch in {epoch for epoch, _ in places}
-    }
-    chosen = [(epoch, int(orders[epoch][place])) for epoch, place in places]
-    index = torch.tensor([row for _, row in chosen], device=images.device)
-    keys = [(recipe.seed, epoch, ids[row]) for epoch, row in chosen]
-    return Samples(images[index], labels[index], keys)
+def _update(run: Run, number: int, samples: Samples, state: Path) -> dict[str, float]:
+    """One step; the means of its terms over parts and processes."""
+    recipe = run.recipe
+    run.schedule.step_update(number)
+    run.optimiser.zero_grad(set_to_none=True)
+    sums: dict[str, Tensor] = {}
+    with rng.seeded(rng.key("step", recipe.seed, number, run.place.rank)):
+        for index, part in enumerate(_parts(samples, recipe.accumulate)):
+            with _local(run, last=index == recipe.accumulate - 1), _precision(recipe, samples.images.device.type):
+                terms = run.loss(run.forward, part)
+                total = torch.stack(list(terms.losses.values())).sum() / recipe.accumulate
+            total.backward()
+            for name, value in _named(terms).items():
+                sums[name] = sums.get(name, 0) + value.detach().float() / recipe.accumulate
+    means = averaged(sums, run.place)
+    finite = all(bool(torch.isfinite(value)) for value in sums.values())
+    if not agreed(finite, run.place):
+        named = ", ".join(f"{name} {value:g}" for name, value in means.items() if name != "right")
+        last = state if state.exists() else "none"
+        raise ValueError(f"the loss is not finite at step {number} ({named}); the last good state is {last}")
+    if recipe.optimiser.clip:
+        nn.utils.clip_grad_norm_(run.network.parameters(), recipe.optimiser.clip)
+    run.optimiser.step()
+    if recipe.ema:
+        _average(run.average, run.network, min(recipe.ema, (1 + number) / (10 + number)))
+    return means
+
+
+def _named(terms: Terms) -> dict[str, Tensor]:
+    return terms.losses if terms.right is None else {**terms.losses, "right": terms.right}
+
+
+def _parts(samples: Samples, count: int) -> Iterator[Samples]:
+    """The samples in so many parts of equal size."""
+    size = len(samples.keys) // count
+    for first in range(0, len(samples.keys), size):
+        some = slice(first, first + size)
+        ordinary = None if samples.ordinary is None else samples.ordinary[some]
+        yield Samples(samples.images[some], samples.labels[some], samples.keys[some], ordinary)
+
+
+def _local(run: Run, last: bool) -> AbstractContextManager[None]:
+    """Gradients are exchanged with other processes once, after the last part."""
+    return nullcontext() if last or run.place.world == 1 else run.forward.no_sync()  # type: ignore[operator]  # of DDP
+
+
+def _precision(recipe: Recipe, device: str) -> AbstractContextManager[None]:
+    return torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bfloat16")
 
 
 @torch.no_grad()
@@ -156,18 +225,40 @@ def _average(average: nn.Module, network: nn.Module, decay: float) -> None:
             kept.copy_(value)
 
 
-def _resume(
-    state: Path, recipe: Recipe, network: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
-) -> int:
-    """Loads the state of a stopped run, if there is one; the number of steps that it has done."""
-    if not state.exists():
-        if recipe.ema:
-            average.load_state_dict(network.state_dict())
-        return 0
-    saved = torch.load(state, map_location="cpu", weights_only=True)
-    if saved["recipe"] != recipe.digest:
+def _save(state: Path, run: Run, number: int) -> None:
+    saved = {"recipe": run.recipe.digest, "step": number, "network": run.network.state_dict()}
+    saved |= {"average": run.average.state_dict(), "optimiser": run.optimiser.state_dict()}
+    with atomic(state) as file:
+        torch.save(saved, file)
+
+
+def done(recipe: Recipe, state: Path) -> int:
+    """The number of steps that a stopped run of the recipe has done.
+
+    Raises:
+        ValueError: If the state is damaged, or another recipe's.
+    """
+    return int(_read(state, recipe)["step"]) if state.exists() else 0
+
+
+def _read(state: Path, recipe: Recipe) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = torch.load(state, map_location="cpu", weights_only=True)
+        digest, _ = saved["recipe"], int(saved["step"])
+    except Exception as error:  # whatever a damaged file makes torch raise
+        raise ValueError(f"{state} is damaged; delete it to begin anew, or train into another folder") from error
+    if digest != recipe.digest:
         raise ValueError(f"{state} is the state of another recipe; train into another folder or delete it")
-    network.load_state_dict(saved["network"])
-    average.load_state_dict(saved["average"])
-    optimiser.load_state_dict(saved["optimiser"])
+    return saved
+
+
+def _resume(state: Path, run: Run) -> int:
+    """Loads the state of a stopped run; the number of steps that it has done."""
+    saved = _read(state, run.recipe)
+    run.network.load_state_dict(saved["network"])
+    run.average.load_state_dict(saved["average"])
+    run.optimiser.load_state_dict(saved["optimiser"])
+    for group in run.optimiser.param_groups:  # the largest rate, which may have come from a file that it started from
+        group["lr"] = group["initial_lr"]
+    run.schedule = build_schedule(run.recipe.optimiser, run.optimiser, run.recipe.steps)
     return int(saved["step"])

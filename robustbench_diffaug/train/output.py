@@ -1,7 +1,5 @@
 """What a training run leaves: weights, a card that says where they come from, and an entry to paste into a suite."""
 
-import csv
-import io
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -9,90 +7,156 @@ from typing import Any, TypeAlias
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
-from robustbench_diffaug import document, stats
+from robustbench_diffaug import document, rng, stats
+from robustbench_diffaug.batch import Limits
+from robustbench_diffaug.checkpoints.base import Preprocess
 from robustbench_diffaug.checkpoints.model import Model
 from robustbench_diffaug.component import trusting
+from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.diffusion import unet
 from robustbench_diffaug.files import atomic, sha256
+from robustbench_diffaug.train.generate import Generation
+from robustbench_diffaug.train.log import Log, draw
 from robustbench_diffaug.train.loop import Step, train
-from robustbench_diffaug.train.recipe import ClassifierRecipe, DenoiserRecipe
+from robustbench_diffaug.train.networks import network_of, wants_of
+from robustbench_diffaug.train.parallel import Place, barrier
+from robustbench_diffaug.train.recipe import (
+    AutoencoderRecipe,
+    ClassifierRecipe,
+    DenoiserRecipe,
+    GuidanceRecipe,
+    Recipe,
+)
 
 __all__ = ["load", "run"]
 
-AnyRecipe: TypeAlias = ClassifierRecipe | DenoiserRecipe
+AnyRecipe: TypeAlias = ClassifierRecipe | DenoiserRecipe | AutoencoderRecipe | GuidanceRecipe
+KINDS: dict[str, type[AnyRecipe] | type[Generation]] = {
+    "classifier": ClassifierRecipe,
+    "denoiser": DenoiserRecipe,
+    "autoencoder": AutoencoderRecipe,
+    "guidance": GuidanceRecipe,
+    "generation": Generation,
+}
 
 
-def load(path: Path, *, trust: bool = False, data_dir: Path | None = None) -> AnyRecipe:
+def load(path: Path, *, trust: bool = False, data_dir: Path | None = None, settings: tuple[str, ...] = ()) -> Any:
     """A recipe from a YAML file.
+
+    Arguments:
+        path: The file.
+        trust: Whether it may name code.
+        data_dir: Where relative paths of data sets start.
+        settings: 'a.b=value' each, put in place of what the file says.
 
     Raises:
         ValueError: If something is wrong with it; one line with file, line and key.
     """
     found = document.read(path)
-    kinds: dict[str, type[AnyRecipe]] = {"classifier": ClassifierRecipe, "denoiser": DenoiserRecipe}
-    kind = found.data.get("kind") if isinstance(found.data, dict) else None
-    if kind not in kinds:
-        raise ValueError(f"{path}:1: a recipe needs a kind, one of {', '.join(kinds)}, not {kind!r}")
+    data = document.unshared(found.data)
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if kind not in KINDS:
+        raise ValueError(f"{path}:1: a recipe needs a kind, one of {', '.join(KINDS)}, not {kind!r}")
+    given = {document.apply(data, setting): f"--set {setting}" for setting in settings}
+    found = document.Document(found.path, data, found.lines, given)
     context = {"folder": path.resolve().parent, "data": data_dir.resolve() if data_dir else None}
     with trusting(trust):
-        return found.validate(kinds[kind], context)
+        return found.validate(KINDS[kind], context)
 
 
-def run(recipe: AnyRecipe, folder: Path, device: str = "cpu") -> Iterator[Step]:
+def run(
+    recipe: AnyRecipe, folder: Path, device: str = "cpu", place: Place | None = None, tensorboard: bool = False
+) -> Iterator[Step]:
     """Trains, passing every step on, and writes the results when the last is done.
 
     Arguments:
         recipe: What to train.
         folder: Where the state, the log, the weights, the card and the entry go.
         device: 'cpu' or 'cuda[:N]'.
+        place: Which of several processes this is; the first one writes.
+        tensorboard: Whether events for TensorBoard are written too.
 
     Raises:
         ValueError: As `train`.
     """
+    place = place or Place()
     folder.mkdir(parents=True, exist_ok=True)
+    log = Log(folder, tensorboard) if place.rank == 0 else None
     last = None
-    for last in train(recipe, folder / "state.pt", device):
-        if last.number % 50 == 0 or last.number == recipe.steps:
-            _log(folder / "log.csv", last)
+    for last in train(recipe, folder / "state.pt", device, place):
+        if log is not None:
+            log.add(last, last.number == recipe.steps)
         yield last
-    if last is None:  # an earlier call did all the steps
-        last = Step(recipe.steps, {}, _finished(recipe, folder / "state.pt"))
-    if isinstance(recipe, ClassifierRecipe):
-        _write_classifier(recipe, folder, last.kept)
-    else:
-        _write_denoiser(recipe, folder, last.kept)
+    if place.rank == 0:
+        kept = last.kept if last is not None else _finished(recipe, folder / "state.pt")
+        write(recipe, folder, kept.eval())
+        if (folder / "log.csv").exists():
+            draw(folder / "log.csv", folder / "log.png", recipe.name)
+    barrier(place)
 
 
 def _finished(recipe: AnyRecipe, state: Path) -> nn.Module:
-    from robustbench_diffaug.train.loop import network_of
-
+    """The network of a run that an earlier call ended."""
     network = network_of(recipe)
     network.load_state_dict(torch.load(state, map_location="cpu", weights_only=True)["average"])
     return network
 
 
-def _log(path: Path, step: Step) -> None:
-    """Adds a row, in place of those that a run wrote after its last saved state before it was stopped."""
-    rows = list(csv.reader(path.read_text().splitlines()))[1:] if path.exists() else []
-    kept = [row for row in rows if int(row[0]) < step.number]
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(
-        [["step", *step.losses], *kept, [step.number, *step.losses.values()]]
-    )
+def write(recipe: AnyRecipe, folder: Path, network: nn.Module) -> None:
+    """Writes the weights of a trained network, its card and its entry."""
+    if isinstance(recipe, DenoiserRecipe):
+        unet.save(folder / recipe.name, network, recipe.schedule)
+        digest = sha256(folder / recipe.name / unet.WEIGHTS)
+        _write_yaml(folder / f"{recipe.name}.card.yaml", _card(recipe, digest, network))
+        _write_yaml(folder / f"{recipe.name}.yaml", {"kind": "unet", "folder": recipe.name, "sha256": digest})
+        return
+    path = folder / f"{recipe.name}.safetensors"
+    _write_weights(path, network, recipe.half)
+    digest = sha256(path)
+    card = _card(recipe, digest, network)
+    if recipe.test and not isinstance(recipe, AutoencoderRecipe):
+        card["accuracy"] = _accuracy(recipe, recipe.test, network)
+    _write_yaml(folder / f"{recipe.name}.card.yaml", card)
+    _write_yaml(folder / f"{recipe.name}.yaml", _entry(recipe, {"uri": path.name, "sha256": digest}))
+
+
+def _write_weights(path: Path, network: nn.Module, half: bool) -> None:
+    """Writes safetensors; what is rounded in the file is rounded in the network too, so that it is the one measured."""
+    from safetensors.torch import save
+
+    state: dict[str, Tensor] = {}
+    for name, value in network.state_dict().items():
+        rounded = half and value.is_floating_point() and value.ndim > 1
+        state[name] = (value.half() if rounded else value).detach().cpu().contiguous()
+    network.load_state_dict({name: value.to(network.state_dict()[name].dtype) for name, value in state.items()})
     with atomic(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(save(state))
 
 
-def _card(recipe: AnyRecipe, digest: str, parameters: int) -> dict[str, Any]:
+def _entry(recipe: ClassifierRecipe | GuidanceRecipe | AutoencoderRecipe, weights: dict[str, str]) -> dict[str, Any]:
+    """What can be pasted into a suite, or for an autoencoder into the DeepAugment term of a recipe."""
+    args = _plain(dict(recipe.args))
+    if isinstance(recipe, AutoencoderRecipe):
+        return {"arch": "autoencoder", "args": args, "channels": recipe.channels, "weights": weights}
+    entry: dict[str, Any] = {"kind": "timm", "id": recipe.name, "arch": recipe.arch, "args": args}
+    entry |= {"classes": recipe.classes, "channels": recipe.channels}
+    if isinstance(recipe, GuidanceRecipe):
+        entry["wants"] = list(wants_of(recipe))
+    else:
+        entry["preprocess"] = recipe.preprocess.model_dump(mode="json", exclude_defaults=True)
+    return {**entry, "weights": weights}
+
+
+def _card(recipe: Recipe, digest: str, network: nn.Module) -> dict[str, Any]:
     return {
         "name": recipe.name,
         "recipe": recipe.digest,
         "data": {"name": recipe.dataset.name, "digest": recipe.dataset.contents()},
         "seed": recipe.seed,
         "steps": recipe.steps,
-        "parameters": parameters,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "sha256": digest,
         "versions": {name: version(name) for name in ("torch", "timm", "diffusers", "robustbench-diffaug")},
     }
@@ -103,53 +167,41 @@ def _write_yaml(path: Path, content: object) -> None:
         file.write(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
 
 
-def _write_denoiser(recipe: DenoiserRecipe, folder: Path, network: nn.Module) -> None:
-    unet.save(folder / recipe.name, network, recipe.schedule)
-    digest = sha256(folder / recipe.name / unet.WEIGHTS)
-    _write_yaml(folder / f"{recipe.name}.card.yaml", _card(recipe, digest, _parameters(network)))
-    entry = {"kind": "unet", "folder": recipe.name, "sha256": digest}
-    _write_yaml(folder / f"{recipe.name}.yaml", entry)
-
-
-def _write_classifier(recipe: ClassifierRecipe, folder: Path, network: nn.Module) -> None:
-    from safetensors.torch import save
-
-    state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    path = folder / f"{recipe.name}.safetensors"
-    with atomic(path) as file:
-        file.write(save(state))
-    digest = sha256(path)
-    card = _card(recipe, digest, _parameters(network))
-    if recipe.test:
-        card["accuracy"] = _accuracy(recipe, network)
-    _write_yaml(folder / f"{recipe.name}.card.yaml", card)
-    entry = {
-        "kind": "timm",
-        "id": recipe.name,
-        "arch": recipe.arch,
-        "args": _plain(dict(recipe.args)),
-        "classes": recipe.classes,
-        "channels": recipe.channels,
-        "preprocess": recipe.preprocess.model_dump(mode="json", exclude_defaults=True),
-        "weights": {"uri": path.name, "sha256": digest},
-    }
-    _write_yaml(folder / f"{recipe.name}.yaml", entry)
-
-
-def _accuracy(recipe: ClassifierRecipe, network: nn.Module) -> dict[str, Any]:
-    assert recipe.test is not None
-    source, rows = recipe.test.opened(), recipe.test.rows()
-    images, labels = source.read(rows)
+@torch.no_grad()
+def _accuracy(recipe: ClassifierRecipe | GuidanceRecipe, test: Dataset, network: nn.Module) -> dict[str, Any]:
+    """The share of the test images that are classified right; of noisy ones, each at one uniformly random time."""
+    source, rows = test.opened(), test.rows()
     device = next(network.parameters()).device
-    model = Model(recipe.name, network.eval(), recipe.preprocess, recipe.classes, 128)
-    with torch.no_grad():
-        hits = (model.logits(images.to(device)).argmax(1).cpu() == labels).numpy()
-    found = stats.proportion(hits)
-    return {"dataset": recipe.test.name, "value": found.value, "low": found.low, "high": found.high, "n": found.n}
+    if isinstance(recipe, GuidanceRecipe):
+        model = Model(recipe.name, network, Preprocess(), recipe.classes, 128, wants=wants_of(recipe))
+    else:
+        model = Model(recipe.name, network, recipe.preprocess, recipe.classes, 128)
+    hits = []
+    for first in range(0, len(rows), 128):
+        images, labels = source.read(rows[first : first + 128])
+        images = images.to(device)
+        shown: tuple[Tensor | None, ...] = (images,)
+        if isinstance(recipe, GuidanceRecipe):
+            shown = _diffused(recipe, images, [source.ids[row] for row in rows[first : first + 128]])
+        hits.append(model.logits(*shown).argmax(1).cpu() == labels)  # type: ignore[arg-type]  # the first is there
+    found = stats.proportion(torch.cat(hits).numpy())
+    how = {"at": "one uniformly random time of each image"} if model.wants else {}
+    return {"dataset": test.name, **how, "value": found.value, "low": found.low, "high": found.high, "n": found.n}
 
 
-def _parameters(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
+def _diffused(recipe: GuidanceRecipe, images: Tensor, ids: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Each image at a time of its own, the level, and the denoised twin where it is seen."""
+    keys = [rng.key("guidance test", id) for id in ids]
+    levels = recipe.denoiser.sigmas()
+    times = [int(rng.uniform(key, range(1), (1,))[0, 0] * len(levels)) for key in keys]
+    noise = torch.stack(
+        [torch.from_numpy(rng.normal(key, range(1, 2), tuple(images.shape[1:]))[0]) for key in keys]
+    ).to(images)
+    sigma = torch.from_numpy(levels[times]).to(images)
+    noisy = images + sigma[:, None, None, None] * noise
+    if recipe.sees == "noisy":
+        return noisy, sigma, None
+    return noisy, sigma, recipe.denoiser.loaded(Limits(device=str(images.device)))(noisy, sigma).mean
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,194 @@
+"""What an evaluator promises: records and figures that depend on the samples and the seed alone."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite, isnan
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustbench_diffaug.batch import Batch, Columns, Limits
+from robustbench_diffaug.checkpoints.base import Checkpoint
+from robustbench_diffaug.checkpoints.bayes import Bayes
+from robustbench_diffaug.data.base import Dataset
+from robustbench_diffaug.data.synthetic import Mixture
+from robustbench_diffaug.diffusion.base import Denoise, Denoiser, Posterior, Sigma
+from robustbench_diffaug.evaluators.base import Evaluator
+from robustbench_diffaug.records import INDEX, Records, from_table, to_table
+from robustbench_diffaug.testing.values import changed, check_value, generators_unmoved
+
+__all__ = ["check_evaluator"]
+
+Rows = dict[str, dict[str, np.ndarray]]
+"""The columns of each sample by its id."""
+
+
+def check_evaluator(evaluator: Evaluator, dataset: Dataset | None = None) -> None:
+    """An evaluator's records depend on the samples and on the seed, and on nothing else.
+
+    Arguments:
+        evaluator: With settings that make it cheap.
+        dataset: Some images that it fits; left out, those of a Gaussian mixture with four classes.
+    """
+    check_value(evaluator)
+    evaluator.check()
+    source = dataset or Mixture(name="check", group="clean", size=7)
+    count = len(source.rows())
+    networks = [Bayes(id="a", classes=4, temperature=0.01), Bayes(id="b", classes=4, temperature=0.01, tilt=2.0)]
+    with generators_unmoved(evaluator.kind):
+        whole = _evaluate(evaluator, source, networks, [range(count)])
+    for name, parts, limits in (
+        ("when it is run", [range(count)], Limits()),
+        ("batches of 1", [range(row, row + 1) for row in range(count)], Limits()),
+        ("batches of 3", [range(row, min(row + 3, count)) for row in range(0, count, 3)], Limits()),
+        ("a budget of 8 images", [range(count)], Limits(budget=8)),
+        ("the order of ranges", [range(count // 2, count), range(count // 2)], Limits()),
+        ("the other order of samples", [range(count - 1, -1, -1)], Limits()),
+    ):
+        _same(whole, _evaluate(evaluator, source, networks, parts, limits), f"{evaluator.kind} depends on {name}")
+    alone = _evaluate(evaluator, source, networks[1:], [range(count)])
+    _same({"b": whole["b"]}, alone, f"{evaluator.kind} depends on the checkpoints beside")
+    turned = _evaluate(evaluator, source, networks[::-1], [range(count)])
+    _same(whole, turned, f"{evaluator.kind} depends on the order of the checkpoints")
+    for name, other in changed(evaluator, outside=True):
+        found = _evaluate(other, source, networks, [range(count)])
+        _same(whole, found, f"{evaluator.kind} depends on {name}, which is marked Outside")
+    _check_forwards(evaluator, source)
+    _check_metrics(evaluator, source, networks[0])
+
+
+def _evaluate(
+    evaluator: Evaluator,
+    dataset: Dataset,
+    networks: Sequence[Checkpoint],
+    parts: Sequence[range],
+    limits: Limits = Limits(),  # noqa: B008  (a frozen value)
+) -> dict[str, Rows]:
+    """Each checkpoint's rows, evaluated in the given ranges of positions."""
+    found: dict[str, Rows] = {network.id: {} for network in networks}
+    for part in parts:
+        batch = _batch(dataset, part, limits)
+        seen: dict[str, dict[str, list[Columns]]] = {network.id: defaultdict(list) for network in networks}
+        with torch.no_grad():
+            for view in evaluator.views(batch):
+                shape = tuple(view.images.shape)
+                assert view.images.ndim == 5 and shape[0] == len(part), (
+                    f"view {view.name} has shape {shape}; needed is (samples, draws, channels, height, width)"
+                )
+                given = view.images.clone()
+                for network in networks:
+                    columns = evaluator.observe(network.loaded(limits), view, batch)
+                    _check_columns(evaluator, columns, len(part))
+                    seen[network.id][view.name].append(columns)
+                assert torch.equal(given, view.images), (
+                    f"{evaluator.kind} changes the images of view {view.name} in place; all checkpoints are shown them"
+                )
+            for network in networks:
+                columns = evaluator.record(seen[network.id], batch)
+                _check_columns(evaluator, columns, len(part))
+                taken = columns.keys() & set(INDEX)
+                assert not taken, f"{evaluator.kind} records {sorted(taken)[0]}, which every record has; rename it"
+                for row, id in enumerate(batch.ids):
+                    found[network.id][id] = {name: column[row].numpy() for name, column in columns.items()}
+    return found
+
+
+def _batch(dataset: Dataset, part: range, limits: Limits) -> Batch:
+    source, rows = dataset.opened(), dataset.rows()
+    images, labels = source.read([rows[row] for row in part])
+    return Batch(dataset.name, tuple(source.ids[rows[row]] for row in part), images, labels, 0, limits)
+
+
+def _check_columns(evaluator: Evaluator, columns: Columns, count: int) -> None:
+    assert columns, f"{evaluator.kind} records no column"
+    for name, column in columns.items():
+        assert isinstance(column, Tensor), f"column {name} of {evaluator.kind} is no tensor"
+        assert column.ndim > 0 and len(column) == count, (
+            f"column {name} of {evaluator.kind} has shape {tuple(column.shape)} for {count} samples; "
+            "the sample is the first axis"
+        )
+
+
+def _same(expected: Mapping[str, Rows], found: Mapping[str, Rows], message: str) -> None:
+    for network, rows in expected.items():
+        for id, columns in rows.items():
+            for name, value in columns.items():
+                other = found[network][id][name]
+                assert value.dtype == other.dtype and np.array_equal(value, other, equal_nan=value.dtype.kind == "f"), (
+                    f"{message}: column {name} of sample {id} is {other}, not {value}"
+                )
+
+
+def _check_forwards(evaluator: Evaluator, dataset: Dataset) -> None:
+    fields = {name: getattr(evaluator, name) for name in type(evaluator).model_fields}
+    counting = {name: _Counting(base=found) for name, found in fields.items() if isinstance(found, Denoiser)}
+    watched = evaluator.model_copy(update=counting)
+    loaded = [denoiser.loaded(Limits()) for denoiser in counting.values()]
+    counters = {id(found): found for found in loaded if isinstance(found, _Counter)}.values()
+    before = sum(counter.images for counter in counters)
+    with torch.no_grad():
+        shown = sum(view.images.shape[1] for view in watched.views(_batch(dataset, range(1), Limits())))
+    made, stated = sum(counter.images for counter in counters) - before, evaluator.forwards()
+    assert shown == stated.classifier, (
+        f"{evaluator.kind} shows {shown} images a sample, and forwards() says {stated.classifier}"
+    )
+    assert made == stated.denoiser, (
+        f"{evaluator.kind} denoises {made} images a sample, and forwards() says {stated.denoiser}"
+    )
+
+
+@dataclass
+class _Counter:
+    """Counts the images that a denoiser is given."""
+
+    denoise: Denoise
+    images: int = 0
+
+    def __call__(self, noisy: Tensor, sigma: Sigma) -> Posterior:
+        self.images += noisy.shape[:-3].numel()
+        return self.denoise(noisy, sigma)
+
+
+class _Counting(Denoiser):
+    """A denoiser that counts."""
+
+    kind: Literal["counting"] = "counting"
+    base: Denoiser
+
+    def sigmas(self) -> np.ndarray:
+        """The base's."""
+        return self.base.sigmas()
+
+    def load(self, device: torch.device) -> Denoise:
+        """The base's, in a counter."""
+        return _Counter(self.base.load(device))
+
+
+def _check_metrics(evaluator: Evaluator, dataset: Dataset, network: Checkpoint) -> None:
+    batch, declared = _batch(dataset, range(len(dataset.rows())), Limits()), dataset.declared()
+    seen: dict[str, list[Columns]] = defaultdict(list)
+    with torch.no_grad():
+        for view in evaluator.views(batch):
+            seen[view.name].append(evaluator.observe(network.loaded(batch.limits), view, batch))
+        table = to_table(batch, declared, evaluator.record(seen, batch))
+    records = Records(from_table(table), (declared,))
+    figures = list(evaluator.metrics(records))
+    again = list(evaluator.metrics(records))
+    assert figures, f"{evaluator.kind} has no metric"
+    assert str(figures) == str(again), f"the metrics of {evaluator.kind} differ when they are computed again"
+    names = [(figure.name, figure.group) for figure in figures]
+    assert len(set(names)) == len(names), f"{evaluator.kind} gives two metrics of one name and group"
+    for figure in figures:
+        assert isfinite(figure.value), (
+            f"{figure.name} of {evaluator.kind} is {figure.value}; leave out what cannot be computed"
+        )
+        assert isnan(figure.low) == isnan(figure.high), f"{figure.name} of {evaluator.kind} has half an interval"
+        inside = isnan(figure.low) or figure.low <= figure.value <= figure.high
+        assert inside, f"{figure.name} of {evaluator.kind} is {figure.value}, outside [{figure.low}, {figure.high}]"
+    short = Records(records.columns, (replace(declared, n=declared.n + 1),))
+    for figure in evaluator.metrics(short):
+        assert not figure.complete, f"{figure.name} of {evaluator.kind} calls itself complete with a sample missing"
+    assert not list(evaluator.metrics(Records({}, (declared,)))), f"{evaluator.kind} has metrics of no records"

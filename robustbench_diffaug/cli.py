@@ -38,7 +38,7 @@ SUITE_FLAGS = _flags(
     _flag("--with", "extra", type=FILE, multiple=True, help="A YAML file with more checkpoint entries."),
     _flag("--set", "settings", multiple=True, metavar="A.B=VALUE", help="Replaces a value of the suite."),
     _flag("--limit", "-L", type=click.IntRange(1), help="At most so many samples of each dataset."),
-    _flag("--seed", type=click.IntRange(0), help="Of all noise, instead of the suite's."),
+    _flag("--seed", type=click.IntRange(0, 10**18 - 1), help="Of all noise, instead of the suite's."),
     _flag("--data-dir", type=FILE, help="Where relative paths of datasets start."),
     _flag("--trust", is_flag=True, help="Lets the suite name code of yours, which then runs."),
     _flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error."),
@@ -83,7 +83,7 @@ def run(suite: str, quiet: bool, **flags: Any) -> int:
         done = runs.execute(loaded, options, shown.announce, shown.advance)
     for line in terminal.board(done):
         click.echo(line)
-    if not done.computed:
+    if not done.computed and not done.failures:
         click.echo("nothing was left to do", err=True)
     for failed in dict.fromkeys("{bench} / {checkpoint} / {dataset}: {reason}".format_map(f) for f in done.failures):
         click.echo(f"failed: {failed}", err=True)

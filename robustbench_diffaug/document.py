@@ -51,7 +51,7 @@ PLAIN = {
 
 
 class Dumper(yaml.SafeDumper):
-    """YAML that every reader takes alike: what ours, YAML 1.1 or YAML 1.2 would take for no text is quoted."""
+    """YAML that readers take alike: a text is quoted where ours, PyYAML's of 1.1 or one of 1.2 would see no text."""
 
     yaml_representers = {
         kind: represent
@@ -210,7 +210,7 @@ def parse(text: str) -> tuple[Any, dict[Place, int]]:
 
 
 def dump(data: Any) -> bytes:
-    """Data as a YAML file that `read` and any reader of YAML 1.1 or 1.2 take for the same, keys in their order.
+    """Data as a YAML file, keys in their order; `read`, PyYAML and readers of YAML 1.2 take it for the same.
 
     Arguments:
         data: Mappings with texts as keys, lists, tuples (read again as lists), texts, numbers, booleans and None.

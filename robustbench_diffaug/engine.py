@@ -17,7 +17,7 @@ from robustbench_diffaug.records import to_table
 from robustbench_diffaug.store import Cell, Store
 from robustbench_diffaug.suite import Bench, Suite
 
-__all__ = ["Outcome", "Task", "cells", "plan", "run", "settle"]
+__all__ = ["Outcome", "Task", "cells", "plan", "reason", "run", "settle"]
 
 FORWARDS = 8192  # of a checkpoint in one file: a killed run loses no more than some seconds
 
@@ -94,7 +94,7 @@ def run(task: Task) -> Outcome:
         try:
             live[index] = cell.checkpoint.loaded(task.limits)
         except Exception as error:
-            failures[index] = _reason(error)
+            failures[index] = reason(error)
     tables: dict[int, list[pa.Table]] = defaultdict(list)
     seconds: dict[int, float] = defaultdict(float)
     started = time.perf_counter()
@@ -102,7 +102,7 @@ def run(task: Task) -> Outcome:
         for batch in _batches(task):
             _evaluate(task, batch, live, failures, tables, seconds)
     except Exception as error:  # of the dataset or the denoiser: all cells need them
-        failures |= dict.fromkeys(live, _reason(error))
+        failures |= dict.fromkeys(live, reason(error))
         live = {}
     shared = time.perf_counter() - started - sum(seconds.values())
     for index in live:
@@ -138,7 +138,7 @@ def _evaluate(
             try:
                 seen[index][view.name].append(task.evaluator.observe(model, view, batch))
             except Exception as error:
-                failures[index] = _reason(error)
+                failures[index] = reason(error)
                 del live[index]
             seconds[index] += time.perf_counter() - begun
         if not live:
@@ -148,7 +148,7 @@ def _evaluate(
             columns = task.evaluator.record(seen[index], batch)
             tables[index].append(to_table(batch, task.dataset.declared(), columns))
         except Exception as error:
-            failures[index] = _reason(error)
+            failures[index] = reason(error)
             del live[index]
 
 
@@ -162,7 +162,7 @@ def _batches(task: Task) -> Iterator[Batch]:
         yield Batch(task.dataset.name, ids, images, labels, task.cells[0].seed, task.limits)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """One line for the report; the type is named unless the error is a plain complaint of ours."""
     text = " ".join(str(error).split()) or "no message"
     return text if type(error) is ValueError else f"{type(error).__name__}: {text}"

@@ -17,6 +17,7 @@ import yaml
 from robustbench_diffaug import summary
 from robustbench_diffaug.batch import Limits
 from robustbench_diffaug.component import look_again
+from robustbench_diffaug.document import dump
 from robustbench_diffaug.engine import Outcome, Task, plan
 from robustbench_diffaug.executors import local, processes, threads
 from robustbench_diffaug.files import atomic, sha256
@@ -63,7 +64,8 @@ class Finished:
         digest: SHA-256 of its digests.txt, which holds that of every other file.
         metrics: All figures.
         leaderboard: A row for each checkpoint.
-        failures: bench, checkpoint, dataset and reason of each cell that failed.
+        failures: bench, checkpoint, dataset and reason of each cell that failed; the dataset is 'all' where the
+            records are there and their metrics failed.
         computed: The number of tasks that were run.
     """
 
@@ -77,8 +79,7 @@ class Finished:
 
 def lock(suite: Suite) -> bytes:
     """The suite as it was resolved, every default written out."""
-    data = suite.model_dump(mode="json", serialize_as_any=True)
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True).encode()
+    return dump(suite.model_dump(mode="json", serialize_as_any=True))
 
 
 def own(root: Path, suite: Suite) -> None:
@@ -171,10 +172,15 @@ def _failed(outcome: Outcome) -> list[dict[str, str]]:
 def write(
     suite: Suite, store: Store, manifest: dict[str, object], failures: list[dict[str, str]], computed: int
 ) -> Finished:
-    """Writes metrics, leaderboard, costs, manifest, page and digests from the records of a run folder."""
+    """Writes metrics, leaderboard, costs, manifest, page and digests from the records of a run folder.
+
+    Metrics that cannot be computed are failures beside those that are given, and stand in the manifest with them.
+    """
     root = store.root
     with _alone(root):
-        metrics, costs = summary.metrics(suite, store), summary.costs(suite, store)
+        (metrics, failed), costs = summary.metrics(suite, store), summary.costs(suite, store)
+        failures = failures + failed
+        manifest = manifest | {"failures": failures}
         board = tables.leaderboard(metrics)
         contents = {
             LOCK: lock(suite),

@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -10,9 +11,9 @@ from typing import Any
 import pandas as pd
 
 from robustbench_diffaug.checkpoints.base import Checkpoint
-from robustbench_diffaug.engine import cells
+from robustbench_diffaug.engine import cells, reason
 from robustbench_diffaug.files import Weights, path_of
-from robustbench_diffaug.records import Metric
+from robustbench_diffaug.records import Metric, Records
 from robustbench_diffaug.store import Cell, Store
 from robustbench_diffaug.suite import Bench, Suite
 
@@ -24,18 +25,44 @@ COLUMNS = (
 PACKAGES = ("robustbench-diffaug", "torch", "timm", "diffusers", "numpy", "scipy", "statsmodels", "pillow")
 
 
-def metrics(suite: Suite, store: Store) -> pd.DataFrame:
-    """All figures of a run in long form, with the columns `COLUMNS`."""
-    rows = []
+def metrics(suite: Suite, store: Store) -> tuple[pd.DataFrame, list[dict[str, str]]]:
+    """All figures of a run, and what an evaluator could make no figures of.
+
+    Returns:
+        The figures in long form, with the columns `COLUMNS`; and of each checkpoint of a bench whose records are there
+        and whose metrics failed: bench, checkpoint, dataset 'all', and the reason.
+
+    Raises:
+        ValueError: If records are damaged.
+    """
+    rows, failures = [], []
     for bench in suite.benches:
         for entry, column in _by_checkpoint(suite, bench):
             records = store.read(column)
-            figures = list(bench.evaluator.metrics(records)) if len(records) else []
-            figures += _forwards(bench, len(records)) if len(records) else []
-            for figure in figures:
-                named = asdict(figure) | {"metric": figure.name, "suite": suite.name, "bench": bench.name}
-                rows.append(named | {"evaluator": bench.evaluator.kind, "checkpoint": entry.id})
-    return pd.DataFrame(rows, columns=pd.Index(COLUMNS))
+            named = {"suite": suite.name, "bench": bench.name, "evaluator": bench.evaluator.kind}
+            try:
+                rows += [figure | named | {"checkpoint": entry.id} for figure in _figures(bench, records)]
+            except Exception as error:  # whatever the evaluator raises costs no other checkpoint its figures
+                why = f"its metrics cannot be computed: {reason(error)}"
+                failures.append({"bench": bench.name, "checkpoint": entry.id, "dataset": "all", "reason": why})
+    return pd.DataFrame(rows, columns=pd.Index(COLUMNS)), failures
+
+
+def _figures(bench: Bench, records: Records) -> list[dict[str, Any]]:
+    """What an evaluator makes of one checkpoint's records, and what these rest on; nothing of no records."""
+    if not len(records):
+        return []
+    rows = []
+    for figure in [*bench.evaluator.metrics(records), *_forwards(bench, len(records))]:
+        if not isinstance(figure, Metric):
+            raise TypeError(
+                f"the evaluator {bench.evaluator.kind} yields a {type(figure).__name__}, which is no Metric"
+            )
+        rows.append(asdict(figure) | {"metric": figure.name})
+    for (name, group), count in Counter((row["metric"], row["group"]) for row in rows).items():
+        if count > 1:  # tables have one place for them
+            raise ValueError(f"the evaluator {bench.evaluator.kind} gives two metrics {name} of the group {group}")
+    return rows
 
 
 def _by_checkpoint(suite: Suite, bench: Bench) -> Iterable[tuple[Checkpoint, tuple[Cell, ...]]]:
@@ -89,7 +116,7 @@ def manifest(
     Arguments:
         suite: What was run.
         store: Its records.
-        failures: Cells that failed in this run: bench, checkpoint, dataset, reason.
+        failures: What failed in this run: bench, checkpoint, dataset (or 'all'), reason.
         warnings: What `check` warned of.
         run: Of this run: started, finished, seconds, device, threads, trust.
     """

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from robustbench_diffaug.component import Value
-from robustbench_diffaug.document import Document, parse, read
+from robustbench_diffaug.document import Document, dump, parse, read
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,48 @@ def test_merged_keys_are_no_repetitions() -> None:
 def test_what_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse(text)
+
+
+TEXTS = st.text() | st.from_regex(r"[-+.0-9_:eExobanfyNrultsTR~<=]{0,8}", fullmatch=True)
+NUMBERS = st.integers(1 - 10**17, 10**18 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+NESTED = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXTS,
+    lambda inside: st.lists(inside, max_size=4) | st.dictionaries(TEXTS, inside, max_size=4),
+    max_leaves=10,
+)
+
+
+@given(NESTED)
+def test_what_is_written_is_read(data: Any) -> None:
+    """By our reader and by one of YAML 1.1, PyYAML's; repr tells 1 from 1.0 and true, and the order of keys."""
+    text = dump(data).decode()
+    assert repr(parse(text)[0]) == repr(data)
+    assert repr(yaml.safe_load(text)) == repr(data)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1e-3", "1E3", "1e5", "-2.5e+1", "10_000", "0x1f", "0o7", "010", "0b1", "12:30", "1:30.5", "2020-01-01", ".5",
+        "1.", ".inf", ".NaN", "true", "no", "On", "~", "Null", "", "<<", "=", "- a", "a: b", "# a", " a", "*a",
+    ],
+)  # fmt: skip
+def test_texts_that_a_reader_takes_for_something_else_are_quoted(text: str) -> None:
+    written = dump({"a": text, text: "b"}).decode()
+    assert written.count(f"'{text}'") == 2
+    assert parse(written)[0] == yaml.safe_load(written) == {"a": text, text: "b"}
+
+
+def test_what_needs_no_quotes_has_none() -> None:
+    data = {"z": ["ä b", 3, 0.001, 1e-7, 1e20, None, True], "a": {"rdiff:zoo/x": "v1.2-3", "of": (1, 2)}}
+    listed = "z:\n- ä b\n- 3\n- 0.001\n- 1.0e-07\n- 1.0e+20\n- null\n- true\n"
+    assert dump(data).decode() == listed + "a:\n  rdiff:zoo/x: v1.2-3\n  of:\n  - 1\n  - 2\n"
+
+
+@pytest.mark.parametrize("value", [b"x", {1, 2}, Path("x"), object, 1j], ids=lambda value: type(value).__name__)
+def test_what_is_no_plain_value_is_not_written(value: object) -> None:
+    with pytest.raises(ValueError, match="cannot be written as YAML; give mappings, lists, texts, numbers, true"):
+        dump({"a": [value]})
 
 
 def test_files(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from torch import zeros
 
 from robustbench_diffaug.checkpoints.timm_model import Timm
 from robustbench_diffaug.data.sources import Arrays
+from robustbench_diffaug.document import apply
 from robustbench_diffaug.evaluators.shift import Shift
 from robustbench_diffaug.evaluators.smoothing import Smoothing
 from robustbench_diffaug.files import built_in, locate
-from robustbench_diffaug.document import apply
 from robustbench_diffaug.suite import Loaded, check, load
 
 SMOKE = (Path(__file__).parent.parent / "suites/smoke.yaml").read_text()

@@ -276,11 +276,13 @@ class Told(Denoiser):
             if self.fault in ("infinite", "unclipped"):
                 factor = torch.where(labels < 0, 1, float("nan") if self.fault == "infinite" else 3)
                 return Posterior(found.mean * factor[..., None, None, None])
+            if self.fault == "dtype":
+                return Posterior(found.mean.double())
             if self.fault == "stacked" and noisy.ndim == 5:
                 return Posterior(found.mean.flip(0))
             if self.fault == "label in place":
                 labels.zero_()
-            if self.fault == "image in place":
+            if self.fault == "image in place" and 0 < int((labels < 0).sum()) < labels.numel():
                 noisy.zero_()
             if self.fault == "noise":
                 torch.rand(1)  # noqa: TID251
@@ -311,7 +313,8 @@ class Told(Denoiser):
         ("none is a class", "another estimate for the label -1"),
         ("deaf", "same estimate for class 0 and 3"),
         ("label in place", "told classes, told changes its input in place"),
-        ("image in place", "the label -1|told changes its input in place"),
+        ("dtype", "another estimate for the label -1"),
+        ("image in place", "told classes, told changes its input in place"),
         ("infinite", "told classes, told gives NaN"),
         ("unclipped", "told classes, told does not clip"),
         ("one for all", "the labels beside"),

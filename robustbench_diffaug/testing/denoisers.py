@@ -32,10 +32,10 @@ def check_denoiser(denoiser: Denoiser, shape: tuple[int, int, int] = (1, 8, 8)) 
         torch.from_numpy(rng.normal(rng.key("check", name), range(5), shape)) for name in ("images", "noise")
     )
     noisy = 0.5 + 0.2 * images + levels[:, None, None, None].float() * noise
-    loaded = tuple(made.loaded(Limits()) for made in (denoiser, denoiser.model_copy(update={"clip": False})))
+    denoise, unclipped = (made.loaded(Limits()) for made in (denoiser, denoiser.model_copy(update={"clip": False})))
     told = _told(denoiser)
     with generators_unmoved(denoiser.kind), torch.no_grad():  # not loading, which may initialise before it reads
-        _check_estimates(denoiser, *loaded, noisy, levels)
+        _check_estimates(denoiser, denoise, unclipped, noisy, levels)
         if told is not None:
             _check_classes(denoiser, told, noisy, levels)
     check_files(denoiser, lambda moved: moved.load(torch.device("cpu")))
@@ -103,7 +103,8 @@ def _check_classes(denoiser: Denoiser, told: ConditionalDenoise, noisy: Tensor, 
     """Classes matter, -1 is none of them, and other labels are refused."""
     classes = denoiser.classes() or 0
     none = torch.full((len(noisy),), -1)
-    assert torch.equal(told(noisy, levels, none).mean, denoiser.loaded(Limits())(noisy, levels).mean), (
+    found, expected = told(noisy, levels, none).mean, denoiser.loaded(Limits())(noisy, levels).mean
+    assert found.dtype == expected.dtype and torch.equal(found, expected), (
         f"{denoiser.kind} gives another estimate for the label -1 than without classes"
     )
     if classes > 1:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
-from robustbench_diffaug import rng
+from robustbench_diffaug import document, rng
 from robustbench_diffaug.batch import Limits
 from robustbench_diffaug.component import Outside, Value, digest_of
 from robustbench_diffaug.diffusion.base import ConditionalDenoise, Denoiser, Posterior, Sigma
@@ -272,4 +272,4 @@ def _refuse_another(recipe: Generation, folder: Path) -> None:
 
 def _write_yaml(path: Path, content: object) -> None:
     with atomic(path) as file:
-        file.write(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+        file.write(document.dump(content))

@@ -1,12 +1,11 @@
 """What a training run leaves: weights, a card that says where they come from, and an entry to paste into a suite."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from robustbench_diffaug import document, rng, stats
@@ -42,7 +41,7 @@ KINDS: dict[str, type[AnyRecipe] | type[Generation]] = {
 }
 
 
-def load(path: Path, *, trust: bool = False, data_dir: Path | None = None, settings: tuple[str, ...] = ()) -> Any:
+def load(path: Path, *, trust: bool = False, data_dir: Path | None = None, settings: Sequence[str] = ()) -> Any:
     """A recipe from a YAML file.
 
     Arguments:
@@ -164,7 +163,7 @@ def _card(recipe: Recipe, digest: str, network: nn.Module) -> dict[str, Any]:
 
 def _write_yaml(path: Path, content: object) -> None:
     with atomic(path) as file:
-        file.write(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+        file.write(document.dump(content))
 
 
 @torch.no_grad()

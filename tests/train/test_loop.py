@@ -118,7 +118,7 @@ def test_refusals(classifier: Make, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another recipe"):
         next(iter(train(classifier(seed=1), tmp_path / "state.pt")))
     (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:1000])
-    with pytest.raises(ValueError, match="state.pt is damaged"):
+    with pytest.raises(ValueError, match=r"state\.pt is damaged"):
         next(iter(train(classifier(), tmp_path / "state.pt")))
     with pytest.raises(ValueError, match="low < high"):
         classifier(diffaug={"denoiser": {"kind": "mixture"}, "high": 1001})

@@ -6,14 +6,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from timm.layers.norm_act import BatchNormAct2d
 from timm.layers.split_batchnorm import SplitBatchNorm2d
-from torch import nn
+from torch import distributed, nn
 
 from robustbench_diffaug import rng
 from robustbench_diffaug.train.parallel import Place, agreed, averaged, barrier, joined, wrapped
@@ -21,7 +20,6 @@ from robustbench_diffaug.train.synced import synced
 
 SCRIPT = """
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -61,12 +59,9 @@ def train(name, place):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    with suppress(KeyError), joined("cpu") as (place, device):
-        raise KeyError("left after errors, too")
-    left = not distributed.is_initialized()
     with joined("cpu") as (place, device):
         found = {name: train(name, place) for name in NETWORKS}
-        found["world"] = (place.rank, place.world, distributed.get_world_size(), device, left)
+        found["world"] = (place.rank, place.world, distributed.get_world_size(), device)
         found["all"] = [agreed(True, place), agreed(place.rank == 0, place), agreed(False, place)]
         one = {"a": torch.tensor(float(place.rank)), "b": torch.tensor(float("nan") if place.rank else 1.0)}
         found["means"] = averaged(one, place)
@@ -95,7 +90,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_there_are_two_processes(runs: list[dict[str, Any]]) -> None:
-    assert [run["world"] for run in runs[:2]] == [(0, 2, 2, "cpu", True), (1, 2, 2, "cpu", True)]
+    assert [run["world"] for run in runs[:2]] == [(0, 2, 2, "cpu"), (1, 2, 2, "cpu")]
     for run in runs[:2]:
         assert run["all"] == [True, False, False]
         assert run["means"]["a"] == 0.5
@@ -116,18 +111,31 @@ def test_two_processes_train_as_one(name: str, runs: list[dict[str, Any]]) -> No
         assert torch.equal(first["state"][key], second["state"][key]), key
 
 
-@pytest.fixture
-def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    """A group of one process."""
+def alone_in_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a group of one process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     told = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in told.items():
         monkeypatch.setenv(name, str(value))
+
+
+@pytest.fixture
+def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """A group of one process."""
+    alone_in_a_group(monkeypatch)
     with joined("cpu") as (place, device):
         assert (place, device) == (Place(), "cpu")
         yield place
+
+
+def test_a_group_is_left_after_errors_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone_in_a_group(monkeypatch)
+    with pytest.raises(KeyError), joined("cpu"):
+        assert distributed.is_initialized()
+        raise KeyError
+    assert not distributed.is_initialized()
 
 
 def layers() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
@@ -193,7 +201,7 @@ def test_on_gpus_layers_become_those_of_torch_with_their_activation() -> None:
 
 def test_unknown_kinds_of_batchnorm_are_refused() -> None:
     with pytest.raises(ValueError, match="SplitBatchNorm2d cannot be synchronised"):
-        synced(nn.Sequential(SplitBatchNorm2d(4)), "cpu")
+        synced(nn.Sequential(SplitBatchNorm2d(4)), "cpu")  # type: ignore[no-untyped-call]
 
 
 def test_alone_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:

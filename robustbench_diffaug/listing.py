@@ -34,6 +34,7 @@ def _zoo(what: str) -> Iterator[str]:
     folder = Path(str(files("robustbench_diffaug"))) / "zoo"
     for path in sorted(folder.glob("*.card.yaml")):
         card = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if ("accuracy" in card) == (what == "checkpoints"):
+        found = "checkpoints" if "accuracy" in card else "denoisers" if (folder / card["name"] / "unet").is_dir() else ""
+        if found == what:
             accuracy = f", clean accuracy {100 * card['accuracy']['value']:.1f} %" if "accuracy" in card else ""
             yield f"{'rdiff:zoo/' + card['name']:<40}{card['parameters']:,} parameters{accuracy}"

@@ -27,7 +27,7 @@ __all__ = ["Generation", "card", "run", "sample"]
 
 
 class Generation(Value):
-    """Draws images of every class by deterministic DDIM.
+    """Draws images of every class by DDIM.
 
     An image is a function of the denoiser, seed, steps, mixing, size, class and index alone.
 
@@ -37,6 +37,10 @@ class Generation(Value):
         denoiser: A class-conditional one.
         per_class: Images of each class.
         steps: Of DDIM, evenly over the schedule from its last time.
+        eta: 0 is deterministic; 1 adds the noise of ancestral sampling in each step, which forgives a denoiser more.
+        start: The time that images begin at; left out, the last. Small denoisers know the overall grey of an image
+            badly where there is little but noise, so that beginning lower, from noise around `mean`, can be better.
+        mean: The grey that images begin around, in [0, 1].
         mixing: `D = (1 - mixing) D(x) + mixing D(x | y)`: 1 is conditional, above it is classifier-free guidance.
         size: Height and width of the images; left out, what the denoiser is made for.
         channels: Of the images; left out, the denoiser's.
@@ -54,6 +58,9 @@ class Generation(Value):
     denoiser: Denoiser
     per_class: PositiveInt
     steps: PositiveInt = 50
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    start: PositiveInt | None = None
+    mean: Annotated[float, Field(ge=0, le=1)] = 0.5
     mixing: float = 1.0
     size: PositiveInt | None = None
     channels: PositiveInt | None = None
@@ -64,8 +71,11 @@ class Generation(Value):
     def _possible(self) -> "Generation":
         if self.denoiser.classes() is None:
             raise ValueError("this denoiser knows no classes; give a class-conditional one")
-        if self.steps > len(self.denoiser.sigmas()):
-            raise ValueError(f"steps is {self.steps}; the denoiser has {len(self.denoiser.sigmas())} times")
+        times = len(self.denoiser.sigmas())
+        if self.start is not None and self.start >= times:
+            raise ValueError(f"start is {self.start}; the denoiser's last time is {times - 1}")
+        if self.steps > self.top + 1:
+            raise ValueError(f"steps is {self.steps}; there are {self.top + 1} times to step through")
         for name, fixed in (("channels", self.denoiser.channels()), ("size", self.denoiser.size())):
             given = getattr(self, name)
             if given is None and fixed is None:
@@ -75,6 +85,11 @@ class Generation(Value):
         if self.form == "folder" and self.shape[0] not in (1, 3):
             raise ValueError(f"a PNG file has 1 or 3 channels, not {self.shape[0]}; write form: arrays")
         return self
+
+    @property
+    def top(self) -> int:
+        """The time that images begin at."""
+        return len(self.denoiser.sigmas()) - 1 if self.start is None else self.start
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -106,24 +121,29 @@ def sample(
 ) -> Float[Tensor, "n c h w"]:
     """The images of some classes and indices, before rounding to 8 bits, on the device of the labels.
 
-    At the last time T an image is taken for standard normal noise, as `x_T` of a model of images in [-1, 1] is; for
-    images in [0, 1] at the level sigma that is `1/2 + sqrt(1/4 + sigma^2) eps`. Steps go through the times
-    `T - i (T + 1) / steps`, rounded, and end at the denoiser's estimate.
+    At the first of its times an image is taken for standard normal noise, as `x_T` of a model of images in [-1, 1] is;
+    for images in [0, 1] at the level sigma that is `mean + sqrt(1/4 + sigma^2) eps`. Steps go through the times
+    `T - i (T + 1) / steps`, rounded, and end at the denoiser's estimate. A step from the level s to e goes down to
+    `sqrt(e^2 - n^2)`, and noise of `n = eta e sqrt(1 - e^2 / s^2)` is added.
     """
     pairs = zip(labels.tolist(), indices.tolist(), strict=True)
     keys = [rng.key("generation", recipe.seed, label, index) for label, index in pairs]
-    noise = torch.from_numpy(np.concatenate([rng.normal(key, range(1), recipe.shape) for key in keys]))
-    sigmas = recipe.denoiser.sigmas()
-    times = np.round(len(sigmas) * (1 - np.arange(recipe.steps) / recipe.steps)).astype(np.int64) - 1
-    levels = [*map(float, sigmas[times]), 0.0]
+
+    def noise(draw: int) -> Float[Tensor, "n c h w"]:
+        drawn = [rng.normal(key, range(draw, draw + 1), recipe.shape) for key in keys]
+        return torch.from_numpy(np.concatenate(drawn)).to(labels.device)
 
     def told(noisy: Float[Tensor, "n c h w"], sigma: Sigma) -> Posterior:
         return denoise(noisy, sigma, labels)
 
-    images: Tensor = 0.5 + (0.25 + levels[0] ** 2) ** 0.5 * noise.to(labels.device)
+    times = np.round((recipe.top + 1) * (1 - np.arange(recipe.steps) / recipe.steps)).astype(np.int64) - 1
+    levels = [*map(float, recipe.denoiser.sigmas()[times]), 0.0]
+    images: Tensor = recipe.mean + (0.25 + levels[0] ** 2) ** 0.5 * noise(0)
     with torch.no_grad():
-        for level, following in pairwise(levels):
-            images = ddim(told, images, level, following)
+        for step, (level, following) in enumerate(pairwise(levels), 1):
+            added = recipe.eta * following * (1 - (following / level) ** 2) ** 0.5
+            images = ddim(told, images, level, (following**2 - added**2) ** 0.5)
+            images = images + added * noise(step) if added else images
     return images
 
 
@@ -180,7 +200,13 @@ def card(recipe: Generation, digest: str) -> dict[str, Any]:
         "recipe": recipe.digest,
         "denoiser": {"kind": recipe.denoiser.kind, "fingerprint": recipe.denoiser.fingerprint},
         "seed": recipe.seed,
-        "sampler": {"kind": "ddim", "steps": recipe.steps, "mixing": recipe.mixing},
+        "sampler": {
+            "kind": "ddim",
+            "steps": recipe.steps,
+            "eta": recipe.eta,
+            "start": recipe.top,
+            "mixing": recipe.mixing,
+        },
         "images": {"classes": recipe.classes, "per_class": recipe.per_class, "shape": list(recipe.shape)},
         "sha256": digest,
         "versions": {name: version(name) for name in ("torch", "diffusers", "robustbench-diffaug")},

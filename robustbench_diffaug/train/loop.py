@@ -78,11 +78,24 @@ def train(recipe: Recipe, state: Path, device: str = "cpu", place: Place | None 
     for number, samples in enumerate(_samples(recipe, before + 1, place, device), before + 1):
         if number > recipe.steps:
             return
-        terms = _update(run, number, samples, state)
+        try:
+            terms = _update(run, number, samples, state)
+        except (RuntimeError, AssertionError) as error:  # of torch, timm and diffusers
+            if number > before + 1:
+                raise
+            raise ValueError(_unfit(samples, error)) from error
         if place.rank == 0 and (number % recipe.save_every == 0 or number == recipe.steps):
             _save(state, run, number)
         right = terms.pop("right", None)
         yield Step(number, terms, right, run.optimiser.param_groups[0]["lr"], run.average)
+
+
+def _unfit(samples: Samples, error: Exception) -> str:
+    """What to say when the first step fails."""
+    size = "x".join(map(str, samples.images.shape[1:]))
+    reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+    hint = "they must fit the network, the denoiser and the memory"
+    return f"the first step failed on {len(samples.keys)} images of {size} ({reason}); {hint}"
 
 
 def seconds_per_step(recipe: Recipe, device: str = "cpu", trials: int = 3) -> float:
@@ -95,7 +108,10 @@ def seconds_per_step(recipe: Recipe, device: str = "cpu", trials: int = 3) -> fl
             clock = time.perf_counter()
         if number == trials + 2:
             break
-        _update(run, number, samples, Path("none"))
+        try:
+            _update(run, number, samples, Path("none"))
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(_unfit(samples, error)) from error
     return (time.perf_counter() - clock) / trials
 
 

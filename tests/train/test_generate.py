@@ -67,6 +67,24 @@ def test_more_steps_give_the_spread_of_the_component() -> None:
     assert spreads[2] < 0.04
 
 
+def test_noise_in_each_step_keeps_the_closed_form() -> None:
+    """Of one component: the mean stays, and the variance follows the affine step with the added noise."""
+    more = {"eta": 1.0, "start": 599, "mean": 0.3}
+    recipe = generation(denoiser={"kind": "mixture", "spec": SPEC, "clip": False}, steps=30, **more)
+    spec = recipe.denoiser.spec  # type: ignore[attr-defined]
+    variance, sigmas = spec.spread**2, recipe.denoiser.sigmas()
+    levels = [*sigmas[[600 - 20 * step - 1 for step in range(30)]], 0.0]
+    spread = 0.25 + levels[0] ** 2
+    for level, following in pairwise(levels):
+        added = following * (1 - (following / level) ** 2) ** 0.5
+        down = (following**2 - added**2) ** 0.5
+        factor = variance / (variance + level**2) * (1 - down / level) + down / level
+        spread = factor**2 * spread + added**2
+    found = drawn(recipe, 1, 400).double() - spec.means()[1]
+    assert float(found.std()) == pytest.approx(spread**0.5, rel=0.03)
+    assert float(found.mean(0).abs().max()) < 5 * spread**0.5 / 400**0.5
+
+
 def test_mixing_0_draws_from_all_classes_and_more_sharpens() -> None:
     means = generation().denoiser.spec.means()  # type: ignore[attr-defined]
 
@@ -152,7 +170,8 @@ def test_both_forms_are_read_as_the_same_images(channels: int, tmp_path: Path) -
             assert float((images[2 * label : 2 * label + 2] - exact).abs().max()) <= 0.5 / 255 + 1e-6
         loaded.append(images)
         card = yaml.safe_load((tmp_path / f"{form}.card.yaml").read_text())
-        assert card["recipe"] == recipe.digest and card["sampler"] == {"kind": "ddim", "steps": 5, "mixing": 1.0}
+        sampler = {"kind": "ddim", "steps": 5, "eta": 0.0, "start": 999, "mixing": 1.0}
+        assert (card["recipe"], card["sampler"]) == (recipe.digest, sampler)
         assert card["denoiser"]["fingerprint"] == recipe.denoiser.fingerprint
     assert torch.equal(loaded[0], loaded[1])
     assert (tmp_path / "folder/03/1.png").is_file()
@@ -207,7 +226,9 @@ def test_seeds_are_other_images_and_batches_are_outside() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 1001}, "steps is 1001; the denoiser has 1000 times"),
+        ({"steps": 1001}, "steps is 1001; there are 1000 times to step through"),
+        ({"start": 1000}, "start is 1000; the denoiser's last time is 999"),
+        ({"start": 30, "steps": 32}, "steps is 32; there are 31 times to step through"),
         ({"channels": 3}, "channels is 3, the denoiser is for 1"),
         ({"denoiser": {"kind": "mixture", "spec": {"channels": 2}}}, "1 or 3 channels, not 2; write form: arrays"),
         ({"name": "../elsewhere"}, "name"),

@@ -114,6 +114,10 @@ def test_refusals(classifier: Make, tmp_path: Path) -> None:
     assert "did you mean adamw?" in message(optimiser={"name": "adamww"})
     assert "optimiser adamw with" in message(optimiser={"args": {"speed": 1}})
     assert "schedule cosine with" in message(optimiser={"schedule_args": {"speed": 1}})
+    vit = {"arch": "vit_tiny_patch16_224", "args": {"img_size": 16, "embed_dim": 8, "num_heads": 1}}
+    assert "the first step failed on 8 images of 1x8x8 (Input height (8)" in message(**vit)
+    with pytest.raises(ValueError, match="the first step failed"):
+        seconds_per_step(classifier(**vit))
     list(train(classifier(), tmp_path / "state.pt"))
     with pytest.raises(ValueError, match="another recipe"):
         next(iter(train(classifier(seed=1), tmp_path / "state.pt")))

@@ -1,6 +1,7 @@
 """What training leaves: weights that are what the card says, entries that a suite takes, logs and pictures."""
 
 import csv
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,15 +132,24 @@ def test_the_log_has_a_row_for_50_steps_and_survives_a_stop(classifier: Make, tm
 
 
 def test_tensorboard_events_hold_the_rows_of_the_log(classifier: Make, tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     trained(classifier(steps=60), tmp_path, tensorboard=True)
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
     for name in ("clean", "accuracy"):
         scalars = events.Scalars(name)
         assert [scalar.step for scalar in scalars] == [50, 60]
         assert [scalar.value for scalar in scalars] == pytest.approx([float(row[name]) for row in rows], rel=1e-4)
+
+
+def test_tensorboard_is_asked_for_by_name_where_it_is_missing(
+    classifier: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        trained(classifier(), tmp_path, tensorboard=True)
 
 
 def test_the_command_says_what_it_will_cost_and_where_things_are(

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -19,9 +20,11 @@ def lines(what: str) -> Iterator[str]:
         what: 'checkpoints', 'denoisers', 'datasets', 'evaluators', 'suites' or 'recipes'.
     """
     if what in ("suites", "recipes"):
-        for name, path in built_in(what).items():
+        found = built_in(what)
+        width = max(map(len, found)) + 2
+        for name, path in found.items():
             comment = next((line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line[:2] == "# "), "")
-            yield f"{name:<28}{comment}"
+            yield f"{name:<{width}}{comment}"
         return
     for point in sorted(entry_points(group=f"robustbench_diffaug.{what}"), key=lambda point: point.name):
         origin = point.dist.name if point.dist else "?"
@@ -34,7 +37,13 @@ def _zoo(what: str) -> Iterator[str]:
     folder = Path(str(files("robustbench_diffaug"))) / "zoo"
     for path in sorted(folder.glob("*.card.yaml")):
         card = yaml.safe_load(path.read_text(encoding="utf-8"))
-        found = "checkpoints" if "accuracy" in card else "denoisers" if (folder / card["name"] / "unet").is_dir() else ""
-        if found == what:
-            accuracy = f", clean accuracy {100 * card['accuracy']['value']:.1f} %" if "accuracy" in card else ""
-            yield f"{'rdiff:zoo/' + card['name']:<40}{card['parameters']:,} parameters{accuracy}"
+        denoiser = (folder / card["name"] / "unet").is_dir()
+        if denoiser if what == "denoisers" else "accuracy" in card:
+            yield f"{'rdiff:zoo/' + card['name']:<46}{card['parameters']:,} parameters{_accuracy(card)}"
+
+
+def _accuracy(card: dict[str, Any]) -> str:
+    if "accuracy" not in card:
+        return ""
+    of = "accuracy on diffused images" if "at" in card["accuracy"] else "clean accuracy"
+    return f", {of} {100 * card['accuracy']['value']:.1f} %"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,19 @@ def test_half_precision_is_near(classifier: Make, tmp_path: Path) -> None:
     half = [step.losses["clean"] for step in train(classifier(precision="bfloat16"), tmp_path / "half.pt")]
     assert half == pytest.approx(full, rel=0.05)
     assert half != full
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # torch's own, of torch.jit
+def test_a_compiled_network_trains_the_same(
+    classifier: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    if not full:  # the default backend compiles for minutes; this one captures the same graph
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    plain = [step.losses["clean"] for step in train(classifier(), tmp_path / "plain.pt")]
+    compiled = [step.losses["clean"] for step in train(classifier(compile=True), tmp_path / "compiled.pt")]
+    assert compiled == pytest.approx(plain, rel=1e-3)
+    one, other = (torch.load(tmp_path / name, weights_only=True)["network"] for name in ("plain.pt", "compiled.pt"))
+    assert list(one) == list(other)  # the names of weights are the network's own
 
 
 def test_the_cost_is_measured_and_leaves_nothing(classifier: Make, tmp_path: Path) -> None:

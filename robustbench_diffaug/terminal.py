@@ -125,10 +125,10 @@ def train(
         return
     with parallel.joined(device) as (place, own):
         settle(own)
-        silent = quiet or place.rank > 0
-        if not silent:
+        silent, done = quiet or place.rank > 0, loop.done(recipe, folder / "state.pt")
+        if not silent and done < recipe.steps:
             part = recipe.model_copy(update={"batch": max(recipe.accumulate, recipe.batch // place.world)})
-            line = cost(recipe, loop.seconds_per_step(part, own), loop.done(recipe, folder / "state.pt"), place.world)
+            line = cost(recipe, loop.seconds_per_step(part, own), done, place.world)
             Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
         with training(recipe, silent) as show:
             for step in output.run(recipe, folder, own, place, tensorboard):

@@ -127,3 +127,12 @@ def test_there_is_a_recipe_for_each_row_of_the_paper_s_table() -> None:
             assert (recipe.diffaug is not None) == ("+diffaug" in name), name
             assert (recipe.augmix is not None) == ("augmix" in name), name
             assert (recipe.deepaugment is not None) == ("deepaugment" in name), name
+
+
+def test_the_recipe_of_the_documentation_is_sound(imagenet: Path) -> None:
+    text = (RECIPES.parent / "docs/training.md").read_text()
+    block = text.partition("```yaml\n")[2].partition("```")[0]
+    path = imagenet / "documented.yaml"
+    path.write_text(block.replace("weights/my-ddpm", "weights/guided-diffusion-256-unconditional"))
+    recipe = output.load(path)
+    assert (recipe.name, recipe.crop.size, recipe.diffaug.high) == ("my-resnet+diffaug", 224, 1000)

@@ -35,6 +35,8 @@ class Place:
 def joined(device: str) -> Iterator[tuple[Place, str]]:
     """Within it, under torchrun, the processes can reach each other; without torchrun it changes nothing.
 
+    Once in the life of a process, since torchrun's meeting place is not cleared.
+
     Arguments:
         device: 'cpu' or 'cuda[:N]'; each process gets the GPU of its own number.
 

@@ -1,7 +1,9 @@
 """The samples of each training step: one endless order, from memory or from disk, for one process of several."""
 
+import atexit
 import itertools
 import math
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -270,8 +272,10 @@ class Reader(data.Dataset[Any]):
             found = [self._one(sources[one.source], one) for one in some]
         except ValueError as error:
             return str(error)
-        images, ordinary, labels = zip(*found, strict=True)
-        return torch.stack(images), torch.stack(ordinary) if self.crop else None, torch.tensor(labels)
+        images, ordinary, labels = map(list, zip(*found, strict=True))
+        # In a worker straight into shared memory, and nothing is copied once more.
+        stack = data.default_collate
+        return stack(images), stack(ordinary) if self.crop else None, stack([torch.tensor(label) for label in labels])
 
     def _one(self, source: Images, one: Chosen) -> tuple[Tensor, Tensor | None, int]:
         row = self.rows[one.source][one.row]
@@ -308,12 +312,16 @@ def _streamed(
         # spawn: a forked child inherits the thread pools of torch, and hangs.
         multiprocessing_context="spawn" if workers else None,
         pin_memory=cuda,
+        worker_init_fn=_begin,
         generator=torch.Generator(),  # or the seeds of workers, which nothing uses, would be drawn from the global one
     )
     found = iter(loader)
     try:
         for number in itertools.count(first):
-            images, ordinary, labels = _next(found)
+            some = _next(found)
+            if isinstance(some, str):  # raised here, where the traceback does not keep the workers
+                raise ValueError(some)
+            images, ordinary, labels = some
             keys = [one.key for one in chosen(number)]
             moved = None if ordinary is None else ordinary.to(device, non_blocking=True)
             yield Samples(images.to(device, non_blocking=True), labels.to(device, non_blocking=True), keys, moved)
@@ -321,18 +329,23 @@ def _streamed(
         del found  # ends the workers now, and not when a traceback is forgotten
 
 
+def _begin(worker: int) -> None:
+    """What a worker does first: it sees to a quick end.
+
+    While Python winds up, torch may still free a batch in the thread that sends it, which aborts the process aloud.
+    """
+    atexit.register(os._exit, 0)
+
+
 def _as_it_is(found: Any) -> Any:
     return found
 
 
-def _next(found: Iterator[Any]) -> Found:
+def _next(found: Iterator[Any]) -> Found | str:
     try:
         some: Found | str = next(found)
+        return some
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise ValueError("a process that reads images died, perhaps for want of memory; give fewer workers") from error
-    if isinstance(some, str):
-        raise ValueError(some)
-    images, ordinary, labels = some  # a list where memory was pinned
-    return images, ordinary, labels

@@ -134,3 +134,40 @@ def test_a_grid_stands_for_its_parts() -> None:
     assert torch.equal(labels, classes)
     other = Corrupted(name="x", base=base, corruption="shot_noise", constants="imagenet-c", draw=1)
     assert not torch.equal(other.opened().read([2, 0])[0], found)
+
+
+def test_images_as_they_lie_on_disk(tmp_path: Path) -> None:
+    """What a trainer crops for itself: whole, in the mode, and refused by name where it cannot be fitted."""
+    sizes = ((37, 23), (21, 50), (30, 31))
+    for row, size in enumerate(sizes):
+        (tmp_path / f"class{row % 2}").mkdir(exist_ok=True)
+        Image.fromarray(PIXELS[row]).resize(size).save(tmp_path / f"class{row % 2}/{row}.png")
+    source = Folder(name="f", root=str(tmp_path), mode="L", resize=16, crop=13).opened()
+    assert source.decode is not None
+    assert source.fit is not None
+    images, labels = source.read([2, 0, 1])
+    decoded = [source.decode(row) for row in (2, 0, 1)]
+    assert [image.size for image in decoded] == [sizes[1], sizes[0], sizes[2]]
+    assert {image.mode for image in decoded} == {"L"}
+    assert torch.equal(torch.stack([source.fit(image) for image in decoded]), images)
+    assert list(source.labels or []) == [0, 0, 1]
+    assert labels.tolist() == [1, 0, 0]
+    Image.new("RGB", (12, 90)).save(tmp_path / "class1/3.png")
+    (tmp_path / "class1/4.png").write_bytes(b"no image")
+    for more, row, message in (
+        ({"crop": 13}, 3, r"class1/3\.png is 12x90, too small for a crop of 13"),
+        ({"resize": 12, "crop": 12}, 4, r"class1/4\.png is not a readable image"),
+        ({"resize": 20}, 1, r"images of f differ in size, 32x20 and 20x20 at .*class0/2\.png; give crop"),
+    ):
+        found = Folder.model_validate({"name": "f", "root": str(tmp_path), **more}).opened()
+        assert found.decode is not None
+        for refused in (found.decode, lambda row, found=found: found.read([row])):
+            with pytest.raises(ValueError, match=message):
+                refused(row)
+
+
+def test_labels_are_known_without_reading_images(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=PIXELS, labels=LABELS)
+    for dataset in (Arrays(name="a", file=str(tmp_path / "a.npz")), Mnist5k(limit=5)):
+        source = dataset.opened()
+        assert list(source.labels or [])[:5] == source.read(range(5))[1].tolist()

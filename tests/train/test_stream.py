@@ -1,9 +1,11 @@
 """The samples of each step: one order, the same from memory and from disk, for one process and for several."""
 
 import itertools
+import multiprocessing
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy import stats
 
 import robustbench_diffaug.torchvision_guard  # noqa: F401
 from robustbench_diffaug import rng
-from robustbench_diffaug.data.sources import Folder
+from robustbench_diffaug.data.sources import Arrays, Folder
 from robustbench_diffaug.data.synthetic import Mixture
+from robustbench_diffaug.mixture import MixtureSpec
 from robustbench_diffaug.train.parallel import Place
 from robustbench_diffaug.train.samples import Samples
-from robustbench_diffaug.train.stream import Crop, Order, positions, stream
+from robustbench_diffaug.train.stream import Chosen, Crop, Order, Reader, _next, positions, stream
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +157,80 @@ def test_the_crop_is_torchvision_s(photographs: Path) -> None:
         assert float((crop.of_image(image, key) - pixels).abs().max()) < 2.5 / 255, index
 
 
+def test_crops_of_tensors_are_the_same_held_and_not() -> None:
+    data = Mixture(spec=MixtureSpec(channels=3, size=16), size=9, every=2)
+    extra = Mixture(name="more", spec=MixtureSpec(channels=3, size=16), size=5)
+    arguments = (data, extra, 0.3, 0, 10, 1, Place(), Crop(size=16), "cpu", 0)
+    held, streamed = some(4, *arguments), some(4, *arguments, hold=0)
+    assert all(map(same, held, streamed))
+    for samples in held:
+        assert sum(len(key) == 4 for key in samples.keys) == 3  # three in ten, though the float 0.3 is a little less
+        assert samples.ordinary is not None
+        crops = zip(samples.images, samples.ordinary, samples.keys, strict=True)
+        assert all(torch.equal(crop, Crop(size=16).of_tensor(image, key)) for image, crop, key in crops)
+
+
+def test_crops_have_torchvision_s_pixels() -> None:
+    """On the same 8 bits they are the same bits; from tensors there is rounding alone."""
+    from torchvision.transforms.v2 import functional as vision
+
+    seen = set()
+    for index, (width, height) in enumerate(((37, 23), (21, 50), (64, 20), (18, 18)) * 8):
+        pixels = rng.uniform(rng.key("crop", index), range(1), (height, width, 3))[0] * 256
+        image, crop, key = Image.fromarray(pixels.astype(np.uint8)), Crop(size=16), (0, 0, str(index))
+        box = crop.box(height, width, key)
+        expected = vision.resized_crop(image, *box, size=[16, 16])
+        tensor = vision.pil_to_tensor(image) / 255
+        softly = vision.resized_crop(tensor, *box, size=[16, 16], antialias=True)
+        if crop.flipped(key):
+            expected, softly = vision.hflip(expected), vision.hflip(softly)
+        assert torch.equal(crop.of_image(image, key), vision.pil_to_tensor(expected) / 255)
+        assert torch.allclose(crop.of_tensor(tensor, key), softly, atol=1e-6)
+        seen.add(crop.flipped(key))
+    assert seen == {False, True}
+    whole = Crop(size=16, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=False)
+    assert torch.equal(whole.of_tensor(softly, (0,)), softly)
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 500), (90, 100)])
+def test_boxes_are_distributed_as_torchvision_s(height: int, width: int) -> None:
+    from torchvision.transforms import RandomResizedCrop
+
+    found = np.array([Crop(size=1).box(height, width, (0, index)) for index in range(4000)], float)
+    image = Image.new("L", (width, height))
+    with rng.seeded(rng.key("torchvision")):
+        drawn = [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)]
+    for ours, theirs in zip(found.T, np.array(drawn, float).T, strict=True):
+        assert stats.ks_2samp(ours, theirs).pvalue > 1e-4  # 8 of them
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 400), (400, 10), (33, 32)])
+def test_boxes_that_never_fit_are_torchvision_s(height: int, width: int) -> None:
+    from torchvision.transforms import RandomResizedCrop
+
+    found = Crop(size=1, scale=(1.0, 1.0), ratio=(0.7, 0.9)).box(height, width, (0,))
+    assert found == RandomResizedCrop.get_params(Image.new("L", (width, height)), [1.0, 1.0], [0.7, 0.9])
+
+
+def test_files_that_come_or_go_are_noticed(photographs: Path) -> None:
+    reader = Reader((folder(photographs),), (range(11),), None)
+    assert not isinstance(reader[[Chosen(0, 0, (0, 0, "n0/0.JPEG"))]], str)
+    for row, name in ((0, "n0/new.JPEG"), (9, "n0/0.JPEG"), (10, "n1/9.JPEG")):
+        found = reader[[Chosen(0, row, (0, 0, name))]]
+        assert found == "files of photographs were added or removed since the run began; start it again"
+
+
+def test_the_death_of_a_worker_is_told_in_one_line() -> None:
+    def dying(message: str) -> Iterator[Any]:
+        raise RuntimeError(message)
+        yield
+
+    with pytest.raises(ValueError, match="a process that reads images died"):
+        _next(dying("DataLoader worker (pid(s) 7) exited unexpectedly"))
+    with pytest.raises(RuntimeError, match="of another kind"):
+        _next(dying("of another kind"))
+
+
 def test_a_damaged_image_is_one_line_with_its_name(photographs: Path, tmp_path: Path) -> None:
     for source in photographs.rglob("*.JPEG"):
         target = tmp_path / source.relative_to(photographs)
@@ -163,9 +241,10 @@ def test_a_damaged_image_is_one_line_with_its_name(photographs: Path, tmp_path: 
         with pytest.raises(ValueError, match=r"7\.JPEG is not a readable image") as caught:
             some(5, folder(tmp_path), None, 0.0, 0, 4, 1, Place(), Crop(size=32), "cpu", workers, hold=1)
         assert "\n" not in str(caught.value)
+        assert not multiprocessing.active_children()  # though the traceback is still there
 
 
-def test_refusals(photographs: Path) -> None:
+def test_refusals(photographs: Path, tmp_path: Path) -> None:
     def message(*arguments: Any) -> str:
         with pytest.raises(ValueError) as caught:
             some(1, *arguments)
@@ -177,6 +256,9 @@ def test_refusals(photographs: Path) -> None:
     other = folder(photographs)
     assert "images differ in" in message(data, other, 0.5, 0, 4, 1, Place(), None, "cpu", 0)
     assert "the crop gives 24x24" in message(other, None, 0.0, 0, 4, 1, Place(), Crop(size=24), "cpu", 0)
+    np.savez(tmp_path / "none.npz", images=np.zeros((0, 4, 4), np.uint8), labels=np.zeros(0, int))
+    none = Arrays(name="none", file=str(tmp_path / "none.npz"))
+    assert message(none, None, 0.0, 0, 4, 1, Place(), None, "cpu", 0) == "dataset none is empty"
     with pytest.raises(ValueError, match="in this order"):
         Crop(size=8, scale=(0.5, 0.1))
 

@@ -73,11 +73,13 @@ def train(recipe: Recipe, state: Path, device: str = "cpu", place: Place | None 
     """
     place = place or Place()
     check(recipe)
+    if recipe.batch % (recipe.accumulate * place.world):
+        shares = f"{place.world} processes" + (f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else "")
+        raise ValueError(f"a batch of {recipe.batch} cannot be shared by {shares}; needed is a multiple of both")
     run = _begin(recipe, device, place, start=not state.exists())
     before = _resume(state, run) if state.exists() else 0
-    for number, samples in enumerate(_samples(recipe, before + 1, place, device), before + 1):
-        if number > recipe.steps:
-            return
+    numbers = range(before + 1, recipe.steps + 1)  # first in the zip: the last step asks for no samples after it
+    for number, samples in zip(numbers, _samples(recipe, before + 1, place, device), strict=False):
         try:
             terms = _update(run, number, samples, state)
         except (RuntimeError, AssertionError) as error:  # of torch, timm and diffusers

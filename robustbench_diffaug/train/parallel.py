@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed, nn
@@ -14,6 +15,8 @@ __all__ = ["Place", "agreed", "averaged", "barrier", "joined", "wrapped"]
 
 PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
+PATIENCE = timedelta(hours=1)
+"""At the end all wait while process 0 measures the accuracy."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ def joined(device: str) -> Iterator[tuple[Place, str]]:
         device = f"cuda:{place.local}"
         torch.cuda.set_device(place.local)
     try:
-        distributed.init_process_group("nccl" if cuda else "gloo", rank=place.rank, world_size=place.world)
+        distributed.init_process_group(
+            "nccl" if cuda else "gloo", timeout=PATIENCE, rank=place.rank, world_size=place.world
+        )
     except (RuntimeError, ValueError) as error:
         where = ":".join(os.environ[name] for name in MEETING)
         reason = str(error).partition("\n")[0]

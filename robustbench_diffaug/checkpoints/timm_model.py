@@ -1,16 +1,17 @@
 """Classifiers of the library timm, by the name of the architecture, with local weights."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import PositiveInt
-from torch import nn
+from torch import Tensor, nn
 
 from robustbench_diffaug.checkpoints.base import Checkpoint
 from robustbench_diffaug.checkpoints.conditioning import planes
 from robustbench_diffaug.component import Options, suggest
 from robustbench_diffaug.files import Weights
 
-__all__ = ["Timm", "build"]
+__all__ = ["Timm", "build", "fit_state", "load_state"]
 
 
 class Timm(Checkpoint):
@@ -78,15 +79,22 @@ def load_state(network: nn.Module, weights: Weights) -> None:
         state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{weights.uri} is damaged: {error}") from error
+    fit_state(network, state, weights.uri)
+
+
+def fit_state(network: nn.Module, state: Mapping[str, Any], uri: str) -> None:
+    """Puts weights into a network, in the network's own precision; every key and shape must fit.
+
+    Raises:
+        ValueError: If one does not; the first few are named.
+    """
     expected = network.state_dict()
     odd = [f"missing {name}" for name in expected.keys() - state.keys()]
     odd += [f"unexpected {name}" for name in state.keys() - expected.keys()]
-    odd += [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in state and state[name].shape != value.shape
-    ]
+    for name, value in expected.items():
+        if name in state and not (isinstance(state[name], Tensor) and state[name].shape == value.shape):
+            odd.append(f"{name} is {tuple(getattr(state[name], 'shape', ()))}, not {tuple(value.shape)}")
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise ValueError(f"{weights.uri} does not fit the network: {'; '.join(sorted(odd)[:3])}{more}")
+        raise ValueError(f"{uri} does not fit the network: {'; '.join(sorted(odd)[:3])}{more}")
     network.load_state_dict({name: value.to(expected[name].dtype) for name, value in state.items()})

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from pydantic import model_validator
-from torch import Tensor, nn
+from torch import nn
 
+from robustbench_diffaug.checkpoints.timm_model import fit_state
 from robustbench_diffaug.component import Value
 from robustbench_diffaug.files import Digest, Location, existing, sha256
 
@@ -58,7 +59,7 @@ def begin(start: Start, network: nn.Module, optimiser: torch.optim.Optimizer) ->
         raise ValueError(f"{start.uri} has sha256 {sha256(path)}, not {start.sha256}: another or a damaged file")
     saved = _read(path, start.uri)
     found = next((saved[name] for name in NETWORKS if isinstance(saved.get(name), Mapping)), saved)
-    _load(network, {_bare(str(name)): value for name, value in found.items()}, start.uri)
+    fit_state(network, {_bare(str(name)): value for name, value in found.items()}, start.uri)
     if start.optimiser:
         state = next((saved[name] for name in OPTIMISERS if isinstance(saved.get(name), Mapping)), None)
         if state is None:
@@ -88,19 +89,6 @@ def _bare(name: str) -> str:
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name
-
-
-def _load(network: nn.Module, found: Mapping[str, Any], uri: str) -> None:
-    expected = network.state_dict()
-    odd = [f"missing {name}" for name in expected.keys() - found.keys()]
-    odd += [f"unexpected {name}" for name in found.keys() - expected.keys()]
-    for name, value in expected.items():
-        if name in found and not (isinstance(found[name], Tensor) and found[name].shape == value.shape):
-            odd.append(f"{name} is {tuple(getattr(found[name], 'shape', ()))}, not {tuple(value.shape)}")
-    if odd:
-        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise ValueError(f"{uri} does not fit the network: {'; '.join(sorted(odd)[:3])}{more}")
-    network.load_state_dict({name: value.to(expected[name].dtype) for name, value in found.items()})
 
 
 def _resume_optimiser(optimiser: torch.optim.Optimizer, state: Mapping[str, Any], start: Start) -> None:

@@ -46,6 +46,8 @@ class Batch:
         labels: The class, -1 for none.
         seed: The suite's seed.
         limits: How much at a time and where.
+        classes: The classes that the dataset's images can be of, increasing, where they are not all; empty for all.
+        class_space: Whether the dataset declares that predictions are among those ('subset') or all ('full').
     """
 
     dataset: str
@@ -54,6 +56,8 @@ class Batch:
     labels: Int[Tensor, " b"]
     seed: int
     limits: Limits
+    classes: tuple[int, ...] = ()
+    class_space: str = "subset"
 
     def noise(self, stream: str, draws: range) -> Iterator[Float[Tensor, "b d c h w"]]:
         """Standard normal draws of each sample, in chunks of at most `limits.budget` images.
@@ -83,12 +87,14 @@ class View:
     """Images to show to every checkpoint.
 
     Arguments:
-        name: 'clean', 't=50', 'select', 'estimate', ...
+        name: 'clean', 't=50', 'draws', ...
         images: `d` draws of each sample, in [0, 1]; a plain view has one.
+        first: The number of the first draw, where a sequence of them is shown in several views of one name.
     """
 
     name: str
     images: Float[Tensor, "b d c h w"]
+    first: int = 0
 
 
 def fixed_shape(

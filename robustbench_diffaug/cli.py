@@ -12,11 +12,14 @@ import click
 if TYPE_CHECKING:
     from robustbench_diffaug.runs import Options
     from robustbench_diffaug.suite import Loaded
+    from robustbench_diffaug.verify.check import Check
+    from robustbench_diffaug.verify.recheck import Part
 
 __all__ = ["main"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path)
+TABLES = click.Choice(["imagenet-c", "cifar-c"])
 
 
 def _flag(*names: str, **more: Any) -> Callable[[F], F]:
@@ -79,14 +82,13 @@ def run(suite: str, quiet: bool, **flags: Any) -> int:
 
     loaded = _load(suite, flags)
     options = _options(loaded, flags)
-    with terminal.progress(quiet) as shown:
+    with terminal.progress(quiet, options.workers) as shown:
         done = runs.execute(loaded, options, shown.announce, shown.advance)
     for line in terminal.board(done):
         click.echo(line)
     if not done.computed and not done.failures:
         click.echo("nothing was left to do", err=True)
-    for failed in dict.fromkeys("{bench} / {checkpoint} / {dataset}: {reason}".format_map(f) for f in done.failures):
-        click.echo(f"failed: {failed}", err=True)
+    _tell(done.failures)
     click.echo(f"report  {done.root / 'index.html'}")
     click.echo(f"digest  {done.digest}")
     return 1 if done.failures else 0
@@ -96,7 +98,8 @@ def run(suite: str, quiet: bool, **flags: Any) -> int:
 @click.argument("suite")
 @SUITE_FLAGS
 @RUN_FLAGS
-def plan(suite: str, **flags: Any) -> int:
+@_flag("--probe", is_flag=True, help="Times a few samples; says how long it will take and in how much memory.")
+def plan(suite: str, probe: bool, **flags: Any) -> int:
     """Shows what `run` would do: cells, network forwards, what is there already, and the radii within reach."""
     from robustbench_diffaug import runs, terminal
     from robustbench_diffaug.suite import check
@@ -105,7 +108,7 @@ def plan(suite: str, **flags: Any) -> int:
     options = _options(loaded, flags)
     runs.own(options.root, loaded.suite)
     check(loaded)
-    for line in terminal.plan(loaded.suite, runs.tasks_of(loaded, options), options):
+    for line in terminal.plan(loaded.suite, runs.tasks_of(loaded, options), options, probe):
         click.echo(line)
     return 0
 
@@ -125,6 +128,76 @@ def validate(suite: str, **flags: Any) -> int:
     counts = f"{len(found.checkpoints)} checkpoints, {len(found.benches)} benches, {parts} datasets"
     click.echo(f"suite {found.name} is sound: {counts}, digest {found.digest}")
     return 0
+
+
+@cli.command()
+@click.argument("runs", metavar="RUN", type=FILE, nargs=-1, required=True)
+@_flag("--output", "-o", type=FILE, help="Where the report goes; default: it replaces that of RUN.")
+@_flag("--set", "settings", multiple=True, metavar="A.B=VALUE", help="As alpha or radii; the report names it.")
+@_flag("--format", "formats", default="html,csv", help="Formats, with commas between: html, csv.")
+@_flag("--trust", is_flag=True, help="Lets the lock of RUN name code of yours, which then runs.")
+@_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
+def report(runs: tuple[Path, ...], output: Path | None, settings: tuple[str, ...], formats: str, **flags: Any) -> int:
+    """Computes metrics, leaderboard and page of the folder RUN again, from its records alone."""
+    from robustbench_diffaug import runs as running
+    from robustbench_diffaug import terminal
+    from robustbench_diffaug.component import suggest
+
+    if len(runs) > 1:
+        raise ValueError(f"one report of {len(runs)} runs cannot be made; give one RUN")
+    for word in formats.split(","):
+        if word not in running.FORMATS:
+            raise ValueError(f"--format {formats}: no format is called {word!r}{suggest(word, list(running.FORMATS))}")
+    done = running.report(runs[0], output, settings, formats.split(","), flags["trust"])
+    for line in terminal.board(done):
+        click.echo(line)
+    _tell(done.failures)
+    click.echo(f"report  {done.root / ('index.html' if 'html' in formats else 'metrics.csv')}")
+    click.echo(f"digest  {done.digest}")
+    return 1 if done.failures else 0
+
+
+@cli.command()
+@click.argument("run", type=FILE)
+@_flag("--recheck", metavar="SHARE", help="Evaluates such a share of the samples again, as 1%.")
+@_flag("--seed", type=click.IntRange(0, 10**18 - 1), help="Chooses the samples; default: one that nobody can foresee.")
+@_flag("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@_flag("--data-dir", type=FILE, help="Where files of datasets are, if they are not where they were.")
+@_flag("--trust", is_flag=True, help="Lets the lock of RUN name code of yours, which then runs.")
+@_flag("--quiet", "-q", is_flag=True, help="Shows no progress.")
+@_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
+def verify(run: Path, recheck: str | None, seed: int | None, quiet: bool, **flags: Any) -> int:
+    """Checks the folder RUN: digests, settings, records, certificates, every figure; 1 if anything is wrong."""
+    import secrets
+
+    from robustbench_diffaug import terminal
+    from robustbench_diffaug.verify import check, whole
+    from robustbench_diffaug.verify.recheck import Again, share_of
+
+    share, device = share_of(recheck) if recheck else 0.0, _device(flags["device"])
+    failed = 0
+
+    def show(found: "Check") -> int:
+        for line in check.lines(found):
+            click.echo(line)
+        return found.state == "FAILED"
+
+    for found in whole.verify(run, flags["trust"], flags["data_dir"]):
+        failed += show(found)
+    if share:
+        # A seed that can be foreseen can be forged around.
+        again = Again(share, secrets.randbelow(10**12) if seed is None else seed, device)
+        with terminal.progress(quiet) as shown:
+
+            def announce(parts: Sequence["Part"]) -> None:
+                seconds = terminal.duration(sum(part.seconds for part in parts))
+                shown.bar.console.print(f"the run took {seconds} for as many samples", highlight=False)
+                shown.announce([part.task for part in parts], [])
+
+            found = whole.verify_again(run, again, flags["trust"], flags["data_dir"], announce, shown.advance)
+        failed += show(found)
+    click.echo(f"{failed} check{'s' if failed > 1 else ''} failed" if failed else "nothing is wrong")
+    return 1 if failed else 0
 
 
 @cli.command()
@@ -156,6 +229,49 @@ def train(recipe: str, output: Path | None, device: str, quiet: bool, tensorboar
 
 
 @cli.command()
+@click.argument("dataset", type=FILE)
+@_flag("--output", "-o", type=FILE, required=True, help="The folder of the copy.")
+@_flag("--corruption", "corruptions", multiple=True, help="Its name, can be repeated. Default: the 15 common ones.")
+@_flag("--severity", "severities", type=click.IntRange(1, 5), multiple=True, help="Can be repeated. Default: all.")
+@_flag("--format", "form", type=TABLES, default="imagenet-c", help="Folders of JPEG files, or npy arrays.")
+@_flag("--constants", type=TABLES, help="The table of strengths; default: of the same name as the format.")
+@_flag("--draw", type=int, default=0, help="Another number gives other random streams.")
+@_flag("--textures", type=FILE, help="The folder of frost's official textures; without it they are drawn.")
+@_flag("--data-dir", type=FILE, help="Where relative paths of the dataset start.")
+@_flag("--trust", is_flag=True, help="Lets the file name code of yours, which then runs.")
+@_flag("--quiet", "-q", is_flag=True, help="Shows no progress.")
+@_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
+def corrupt(dataset: Path, output: Path, quiet: bool, **flags: Any) -> int:
+    """Writes a corrupted copy of DATASET, a YAML file with one dataset entry; continues if it was stopped."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from robustbench_diffaug import terminal
+    from robustbench_diffaug.data import copies
+
+    console = Console(stderr=True, quiet=quiet)
+    source = copies.load(dataset, trust=flags["trust"], data_dir=flags["data_dir"])
+    versions = copies.ordered(flags["corruptions"]), tuple(sorted(set(flags["severities"]))) or (1, 2, 3, 4, 5)
+    form, constants = flags["form"], flags["constants"] or flags["form"]
+    copy = copies.Copy(source, output, form, *versions, constants, flags["draw"], flags["textures"])
+    cost, skipped = copies.estimate(copy), 0
+    line = f"{cost.images:,} images of {len(copy.versions)} versions are left"
+    if cost.images:
+        size = f"{cost.bytes / 1e6:,.0f} MB"
+        line += f": about {terminal.duration(cost.seconds)} and {size}, timed on {cost.timed} images"
+    console.print(line, highlight=False, soft_wrap=True)
+    with Progress(console=console, disable=quiet) as bar:
+        job = bar.add_task(source.name, total=len(copy.rows) * len(copy.versions))
+        for done in copies.write(copy):
+            bar.advance(job, done.images)
+            for message in done.skipped:
+                skipped += 1
+                console.print(f"skipped: {message}", markup=False, highlight=False, soft_wrap=True)
+    click.echo(f"copy    {output}" + (f", without {skipped} images that cannot be decoded" if skipped else ""))
+    return 0
+
+
+@cli.command()
 @click.argument("what", type=click.Choice(["checkpoints", "denoisers", "datasets", "evaluators", "suites", "recipes"]))
 @_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
 def ls(what: str, verbose: bool) -> int:
@@ -165,6 +281,83 @@ def ls(what: str, verbose: bool) -> int:
     for line in listing.lines(what):
         click.echo(line)
     return 0
+
+
+@cli.command("import")
+@click.argument("format", type=click.Choice(["robustbench", "cohen"]))
+@click.argument("path", type=FILE)
+@_flag("--output", "-o", type=FILE, required=True, help="The run folder; its name is the suite's.")
+@_flag("--baseline", "baselines", multiple=True, help="robustbench: what mCE is relative to, if not its AlexNet.")
+@_flag("--sigma", type=float, help="cohen: the noise level of the certificates; needed.")
+@_flag("--n", type=int, help="cohen: draws of an estimate, if not certify.py's 100,000.")
+@_flag("--n0", type=int, help="cohen: draws of a selection, if not certify.py's 100.")
+@_flag("--alpha", type=float, help="cohen: the probability of a false certificate, if not certify.py's 0.001.")
+@_flag("--radius", "radii", type=float, multiple=True, help="cohen: of certified accuracy. Default: steps of 0.25.")
+@_flag("--checkpoint", default="", help="cohen: the name of what was certified; default: the file's.")
+@_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
+def import_(format: str, path: Path, output: Path, baselines: tuple[str, ...], verbose: bool, **flags: Any) -> int:
+    """Makes a run folder of PATH, figures of another tool: robustbench, accuracies; cohen, certificates.
+
+    The files are RobustBench's unaggregated_results.csv, and what certify.py of locuslab/smoothing or DDS wrote.
+    """
+    _only(format, {"robustbench": {"baseline": baselines}, "cohen": flags})
+    if format == "cohen":
+        from robustbench_diffaug.exchange import cohen
+
+        if flags["sigma"] is None:
+            raise ValueError("the file does not say its noise level; give it with --sigma")
+        protocol = cohen.Protocol(flags["sigma"], flags["n"], flags["alpha"], flags["n0"])
+        certified = cohen.import_run(path, output, protocol, flags["radii"], flags["checkpoint"])
+        shown, done = cohen.lines(certified), certified.folder
+    else:
+        from robustbench_diffaug.exchange import robustbench
+
+        done = robustbench.import_run(path, output, baselines)
+        shown = robustbench.lines(done.leaderboard)
+    for line in shown:
+        click.echo(line)
+    click.echo(f"report  {done.root / 'index.html'}")
+    click.echo(f"digest  {done.digest}")
+    return 0
+
+
+@cli.command()
+@click.argument("format", type=click.Choice(["robustbench", "cohen"]))
+@click.argument("run", type=FILE)
+@_flag("--output", "-o", type=FILE, required=True, help="The file to write; of cohen, the folder.")
+@_flag("--bench", default="", help="Which bench, where several would do.")
+@_flag("--trust", is_flag=True, help="cohen: lets the run's suite name code of yours, which then runs.")
+@_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
+def export(format: str, run: Path, output: Path, bench: str, trust: bool, verbose: bool) -> int:
+    """Writes figures of the folder RUN as another tool has them.
+
+    robustbench: accuracies under corruptions as CSV; cohen: certificates, a file for each checkpoint and noise level.
+    """
+    if format == "cohen":
+        from robustbench_diffaug.exchange import cohen
+
+        files = cohen.export_run(run, output, bench, trust)
+        click.echo(f"wrote   {output}, {len(files)} files of certificates")
+        return 0
+    from robustbench_diffaug.exchange import robustbench
+
+    models = robustbench.export_run(run, output, bench)
+    click.echo(f"wrote   {output}, {len(models)} checkpoints")
+    return 0
+
+
+def _only(format: str, flags: dict[str, dict[str, Any]]) -> None:
+    """Refuses flags of another format than the one that is meant."""
+    for owner, own in flags.items():
+        for name, value in own.items():
+            if owner != format and value not in (None, "", ()):
+                raise ValueError(f"--{'radius' if name == 'radii' else name} is for {owner}, not for {format}")
+
+
+def _tell(failures: Sequence[dict[str, str]]) -> None:
+    """A line for each cell that failed."""
+    for failed in dict.fromkeys("{bench} / {checkpoint} / {dataset}: {reason}".format_map(f) for f in failures):
+        click.echo(f"failed: {failed}", err=True)
 
 
 def _load(suite: str, flags: dict[str, Any]) -> "Loaded":

@@ -3,21 +3,21 @@
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import torch
 
-from robustbench_diffaug.batch import Batch, Columns, Limits
+from robustbench_diffaug.batch import Batch, Columns, Limits, View
 from robustbench_diffaug.checkpoints.model import Model
-from robustbench_diffaug.data.base import Dataset
-from robustbench_diffaug.evaluators.base import Evaluator
+from robustbench_diffaug.data.base import BadImage, Dataset
+from robustbench_diffaug.evaluators.base import Evaluator, Forwards
 from robustbench_diffaug.records import to_table
-from robustbench_diffaug.store import Cell, Store
+from robustbench_diffaug.store import Cell, Store, of_nothing, with_skipped
 from robustbench_diffaug.suite import Bench, Suite
 
-__all__ = ["Outcome", "Task", "cells", "plan", "reason", "run", "settle"]
+__all__ = ["Outcome", "Task", "cells", "plan", "reason", "run", "settle", "total"]
 
 FORWARDS = 8192  # of a checkpoint in one file: a killed run loses no more than some seconds
 
@@ -39,6 +39,11 @@ class Task:
         return len(self.rows) * self.evaluator.forwards().denoiser
 
     @property
+    def derived(self) -> int:
+        """Images of which the denoiser's gradient will be taken."""
+        return len(self.rows) * self.evaluator.forwards().backward
+
+    @property
     def shown(self) -> int:
         """Images that checkpoints will see, together."""
         return len(self.rows) * self.evaluator.forwards().classifier * len(self.cells)
@@ -50,6 +55,27 @@ class Outcome:
 
     task: Task
     failures: Mapping[int, str]
+
+
+@dataclass
+class _Work:
+    """What a task in progress has made and spent; cells by their position in the task.
+
+    Arguments:
+        live: The networks of the cells that have not failed.
+        failures: Why the others have.
+        tables: The rows of each cell, batch by batch.
+        views: Seconds that views took to make, by their name.
+        observing: Seconds of each cell's own.
+        skipped: The images that were left out, and why.
+    """
+
+    live: dict[int, Model] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+    tables: dict[int, list[pa.Table]] = field(default_factory=lambda: defaultdict(list))
+    views: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    observing: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
 def cells(suite: Suite, bench: Bench) -> Iterator[tuple[Dataset, tuple[Cell, ...]]]:
@@ -88,51 +114,47 @@ def settle(device: str, threads: int | None = None) -> None:
 @torch.no_grad()  # not inference_mode: evaluators may enable gradients
 def run(task: Task) -> Outcome:
     """Evaluates the cells of a task and writes a file for each; one that fails stops only itself."""
-    live: dict[int, Model] = {}
-    failures: dict[int, str] = {}
+    work = _Work()
     for index, cell in enumerate(task.cells):
         try:
-            live[index] = cell.checkpoint.loaded(task.limits)
+            work.live[index] = cell.checkpoint.loaded(task.limits)
         except Exception as error:
-            failures[index] = reason(error)
-    tables: dict[int, list[pa.Table]] = defaultdict(list)
-    seconds: dict[int, float] = defaultdict(float)
+            work.failures[index] = reason(error)
     started = time.perf_counter()
     try:
-        for batch in _batches(task):
-            _evaluate(task, batch, live, failures, tables, seconds)
+        for batch in _batches(task, work.skipped):
+            _evaluate(task, batch, work)
     except Exception as error:  # of the dataset or the denoiser: all cells need them
-        failures |= dict.fromkeys(live, reason(error))
-        live = {}
-    shared = time.perf_counter() - started - sum(seconds.values())
-    for index in live:
+        work.failures |= dict.fromkeys(work.live, reason(error))
+        work.live.clear()
+    shared = time.perf_counter() - started - sum(work.observing.values())
+    for index in work.live:
+        table = pa.concat_tables(work.tables[index]) if work.tables[index] else of_nothing()
         cost = {
-            "seconds": seconds[index] + shared / len(task.cells),
+            "seconds": work.observing[index] + shared / len(task.cells),
+            "classifying_seconds": work.observing[index],
+            "views": dict(work.views),
+            "shared_by": len(task.cells),
+            "skipped": len(work.skipped),
             "device": task.limits.device,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
-        task.store.write(task.cells[index], task.rows, pa.concat_tables(tables[index]), cost)
-    return Outcome(task, failures)
+        task.store.write(task.cells[index], task.rows, with_skipped(table, work.skipped), cost)
+    return Outcome(task, work.failures)
 
 
-def _evaluate(
-    task: Task,
-    batch: Batch,
-    live: dict[int, Model],
-    failures: dict[int, str],
-    tables: dict[int, list[pa.Table]],
-    seconds: dict[int, float],
-) -> None:
+def _evaluate(task: Task, batch: Batch, work: _Work) -> None:
     """Makes each view of a batch once and shows it to every checkpoint."""
+    live, failures = work.live, work.failures
     seen: dict[int, dict[str, list[Columns]]] = {index: defaultdict(list) for index in live}
     for index, model in list(live.items()):
         if int(batch.labels.max()) >= model.classes:
             found = int(batch.labels.max())
             failures[index] = f"{batch.dataset} has label {found}, and {model.id} knows {model.classes} classes"
             del live[index]
-    for view in task.evaluator.views(batch) if live else ():
+    for view in _timed(task.evaluator.views(batch), work.views, task.limits.device) if live else ():
         for index, model in list(live.items()):
             begun = time.perf_counter()
             try:
@@ -140,26 +162,63 @@ def _evaluate(
             except Exception as error:
                 failures[index] = reason(error)
                 del live[index]
-            seconds[index] += time.perf_counter() - begun
+            work.observing[index] += time.perf_counter() - begun
         if not live:
             return
     for index in list(live):
         try:
             columns = task.evaluator.record(seen[index], batch)
-            tables[index].append(to_table(batch, task.dataset.declared(), columns))
+            work.tables[index].append(to_table(batch, task.dataset.declared(), columns))
         except Exception as error:
             failures[index] = reason(error)
             del live[index]
 
 
-def _batches(task: Task) -> Iterator[Batch]:
-    source, rows = task.dataset.opened(), task.dataset.rows()[task.rows.start : task.rows.stop]
+def _timed(views: Iterable[View], seconds: dict[str, float], device: str) -> Iterator[View]:
+    """Hands views on, and adds to the seconds of their names what making them took."""
+    begun = time.perf_counter()
+    for view in views:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()  # kernels run on after their calls: they would count as the classifier's
+        seconds[view.name] += time.perf_counter() - begun
+        yield view
+        begun = time.perf_counter()
+
+
+def _batches(task: Task, skipped: list[tuple[str, str]]) -> Iterator[Batch]:
+    """The images of a task; to the list are added those that cannot be decoded, where the dataset leaves them out."""
+    dataset, device = task.dataset, task.limits.device
+    source, rows = dataset.opened(), dataset.rows()[task.rows.start : task.rows.stop]
     for start in range(0, len(rows), task.limits.batch):
-        chosen = rows[start : start + task.limits.batch]
-        images, labels = source.read(chosen)
+        chosen: Sequence[int] = rows[start : start + task.limits.batch]
+        try:
+            images, labels = source.read(chosen)
+        except BadImage as error:
+            bad = _undecodable(dataset, chosen)
+            if dataset.on_bad_image == "fail" or not bad:
+                count = f"{max(1, len(bad))} of the {len(chosen)} images read together cannot be decoded"
+                first = next(iter(bad.values()), str(error))
+                raise ValueError(f"{first} ({count}; on_bad_image: skip leaves such images out)") from error
+            skipped += [(source.ids[row], reason) for row, reason in bad.items()]
+            chosen = [row for row in chosen if row not in bad]
+            if not chosen:
+                continue
+            images, labels = source.read(chosen)
         ids = tuple(source.ids[row] for row in chosen)
-        images, labels = images.to(task.limits.device), labels.to(task.limits.device)
-        yield Batch(task.dataset.name, ids, images, labels, task.cells[0].seed, task.limits)
+        held = images.to(device), labels.to(device)
+        seed = task.cells[0].seed
+        yield Batch(dataset.name, ids, *held, seed, task.limits, dataset.covers(), dataset.class_space)
+
+
+def _undecodable(dataset: Dataset, rows: Sequence[int]) -> dict[int, str]:
+    """The images among some that cannot be decoded alone, and why."""
+    found = {}
+    for row in rows:
+        try:
+            dataset.opened().read([row])
+        except BadImage as error:
+            found[row] = " ".join(str(error).split())
+    return found
 
 
 def reason(error: Exception) -> str:
@@ -168,7 +227,7 @@ def reason(error: Exception) -> str:
     return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
 
 
-def total(tasks: Iterable[Task]) -> tuple[int, int]:
-    """Denoiser and classifier forwards of some tasks."""
-    pairs = [(task.denoised, task.shown) for task in tasks]
-    return sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+def total(tasks: Iterable[Task]) -> Forwards:
+    """The forwards of the denoiser and of the classifiers, and the denoiser's backwards, of some tasks together."""
+    counts = [(task.denoised, task.shown, task.derived) for task in tasks]
+    return Forwards(*map(sum, zip(*counts, strict=True))) if counts else Forwards(0, 0)

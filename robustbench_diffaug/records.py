@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from math import nan
+from math import nan, prod
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -34,7 +34,7 @@ class Metric:
         high: Upper end.
         n: Samples (images, where one image counts several times) it rests on.
         n_available: Samples that the whole datasets have.
-        complete: Whether all declared samples were measured.
+        complete: Whether all declared samples were measured; an image that was left out as damaged is one too few.
         better: Which way is better.
         unit: 'fraction', 'nats', 'pixels' (l2, of images in [0, 1]), 'count'.
         headline: Whether it belongs on the leaderboard.
@@ -64,6 +64,8 @@ class Declared:
         severity: Of a corruption; 0 for none.
         n: Samples of the declared subset.
         n_available: Samples of the whole dataset.
+        classes: How many classes its images can be of, where they are not all; 0 for all.
+        class_space: Whether predictions are among those classes ('subset') or all ('full').
     """
 
     name: str
@@ -72,6 +74,8 @@ class Declared:
     severity: int
     n: int
     n_available: int
+    classes: int = 0
+    class_space: str = "subset"
 
 
 @dataclass(frozen=True)
@@ -138,13 +142,13 @@ def to_table(batch: Batch, declared: Declared, columns: Columns) -> pa.Table:
     count = len(batch.ids)
     pixels = [blake2b(image.numpy().tobytes(), digest_size=8).hexdigest() for image in batch.images.cpu().contiguous()]
     arrays: dict[str, pa.Array] = {
-        "dataset": pa.array([batch.dataset] * count),
-        "origin": pa.array([declared.origin] * count),
-        "group": pa.array([declared.group] * count),
+        "dataset": pa.array([batch.dataset] * count, pa.string()),
+        "origin": pa.array([declared.origin] * count, pa.string()),
+        "group": pa.array([declared.group] * count, pa.string()),
         "severity": pa.array([declared.severity] * count, pa.int8()),
-        "sample": pa.array(list(batch.ids)),
+        "sample": pa.array(list(batch.ids), pa.string()),
         "label": pa.array(batch.labels.cpu().numpy(), pa.int32()),
-        "image": pa.array(pixels),
+        "image": pa.array(pixels, pa.string()),
     }
     fields = [pa.field(name, array.type) for name, array in arrays.items()]
     for name, column in columns.items():
@@ -154,7 +158,7 @@ def to_table(batch: Batch, declared: Declared, columns: Columns) -> pa.Table:
         if len(values) != count:
             raise ValueError(f"column {name} has {len(values)} rows for {count} samples")
         flat = pa.array(values.reshape(-1))
-        size = values[0].size
+        size = prod(values.shape[1:])
         arrays[name] = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, size)
         shape = "x".join(map(str, values.shape[1:]))
         fields.append(pa.field(name, arrays[name].type, metadata={"shape": shape} if shape else None))

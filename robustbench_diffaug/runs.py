@@ -5,13 +5,16 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
 import yaml
 
 from robustbench_diffaug import summary
@@ -21,13 +24,18 @@ from robustbench_diffaug.document import dump
 from robustbench_diffaug.engine import Outcome, Task, plan
 from robustbench_diffaug.executors import local, processes, threads
 from robustbench_diffaug.files import atomic, sha256
+from robustbench_diffaug.recorded import LOCK, Recorded, keys_of, listed, open_run
 from robustbench_diffaug.report import page, tables
 from robustbench_diffaug.store import Store
 from robustbench_diffaug.suite import Loaded, Suite, check
 
-__all__ = ["Finished", "Options", "execute", "lock", "own", "tasks_of"]
+__all__ = ["FORMATS", "Finished", "Options", "Results", "digests", "execute", "lock", "own", "report", "results"]
+__all__ += ["hardware", "recorded_failures", "tasks_of"]
 
-LOCK = "suite.lock.yaml"
+FORMATS = {"html": ("index.html",), "csv": ("metrics.csv", "metrics.parquet", "leaderboard.csv", "costs.csv")}
+"""The files of each format of a report."""
+DRAWING = ("jinja2", "matplotlib", "pandas", "pyarrow")  # packages on which the bytes of reports depend
+UNCOMPUTED = "its metrics cannot be computed"  # how the reasons of failures begin that are not of a run but of metrics
 STALE = 3600  # seconds after which a half-written file is a killed run's: writing one takes less than a second
 
 
@@ -152,13 +160,23 @@ def execute(
         "device": options.device,
         "threads": threads(options.workers),
         "workers": options.workers,
+        "hardware": hardware(options.device),
         "trusted": options.trust,
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - clock, 1),
     }
     found = summary.manifest(loaded.suite, store, failures, warnings, about)
+    found["versions"] |= {name: version(name) for name in DRAWING}
+    found["keys"] = keys_of(loaded.suite)
     return write(loaded.suite, store, found, failures, len(tasks))
+
+
+def hardware(device: str) -> str:
+    """What decides which kernels run: the name of a GPU, or the instructions of the CPU, such as 'AVX512'."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def _failed(outcome: Outcome) -> list[dict[str, str]]:
@@ -176,27 +194,133 @@ def write(
 
     Metrics that cannot be computed are failures beside those that are given, and stand in the manifest with them.
     """
-    root = store.root
-    with _alone(root):
-        (metrics, failed), costs = summary.metrics(suite, store), summary.costs(suite, store)
-        failures = failures + failed
-        manifest = manifest | {"failures": failures}
-        board = tables.leaderboard(metrics)
-        contents = {
-            LOCK: lock(suite),
-            "metrics.csv": tables.to_csv(metrics),
-            "metrics.parquet": tables.to_parquet(metrics),
-            "leaderboard.csv": tables.to_csv(board),
-            "costs.csv": tables.to_csv(costs),
-            "manifest.json": json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n",
-            "index.html": page.render(metrics, manifest, costs).encode(),
-        }
-        for name, content in contents.items():
-            with atomic(root / name) as file:
-                file.write(content)
-        digest = _write_digests(root)
-        _sweep(root)
-    return Finished(root, digest, metrics, board, failures, computed)
+    with _alone(store.root):
+        made = results(suite, store, manifest, failures)
+        digest = _put(store.root, {LOCK: lock(suite), **made.files})
+    return Finished(store.root, digest, made.metrics, made.leaderboard, made.failures, computed)
+
+
+class Results(NamedTuple):
+    """What the records of a folder say.
+
+    Arguments:
+        metrics: All figures.
+        leaderboard: A row for each checkpoint.
+        failures: Those that were given, and of metrics that cannot be computed.
+        files: The bytes of each file of the report, the manifest among them.
+    """
+
+    metrics: pd.DataFrame
+    leaderboard: pd.DataFrame
+    failures: list[dict[str, str]]
+    files: dict[str, bytes]
+
+
+def results(suite: Suite, store: Store, manifest: Mapping[str, Any], failures: Sequence[Mapping[str, str]]) -> Results:
+    """Metrics, leaderboard, costs, manifest and page, from records alone; the same bytes for the same records."""
+    (metrics, failed), costs = summary.metrics(suite, store), summary.costs(suite, store)
+    board, told = tables.leaderboard(metrics), [dict(failure) for failure in (*failures, *failed)]
+    written = {**manifest, "failures": told}
+    shown = {key: value for key, value in written.items() if key != "keys"}  # a page of them would tell nobody anything
+    files = {
+        "metrics.csv": tables.to_csv(metrics),
+        "metrics.parquet": tables.to_parquet(metrics),
+        "leaderboard.csv": tables.to_csv(board),
+        "costs.csv": tables.to_csv(costs),
+        "manifest.json": json.dumps(written, indent=1, ensure_ascii=False).encode() + b"\n",
+        "index.html": page.render(metrics, shown, costs).encode(),
+    }
+    return Results(metrics, board, told, files)
+
+
+def report(
+    root: Path,
+    output: Path | None = None,
+    settings: Sequence[str] = (),
+    formats: Sequence[str] = tuple(FORMATS),
+    trust: bool = False,
+) -> Finished:
+    """Computes metrics, leaderboard and page again from the records of a run folder, without a forward pass.
+
+    Neither weights nor images are read. The suite's lock and the records stay as they are.
+
+    Arguments:
+        root: The run folder.
+        output: Where the report is written; left out, it replaces that of the run folder.
+        settings: 'a.b=value', each of a field that records do not depend on; the report names them. Needs `output`.
+        formats: Which of `FORMATS`; all, where `output` is left out.
+        trust: Whether the lock may name code of the user's.
+
+    Raises:
+        ValueError: If the folder is no run's, or a setting would need forwards, or the output is not free.
+    """
+    found = open_run(root, trust=trust, settings=settings)
+    if output is None and (settings or set(formats) != set(FORMATS)):
+        raise ValueError("a report with --set or --format is not the run's own; say where it goes with --output")
+    failures = recorded_failures(found.manifest)
+    if output is None:
+        with _alone(root):
+            made = results(found.bare, found.archive, found.manifest, failures)
+            digest = _put(root, made.files)
+        return Finished(root, digest, made.metrics, made.leaderboard, made.failures)
+    _free(root, output)
+    made = results(found.bare, found.archive, _retold(found), failures)
+    kept = {"manifest.json", *(name for form in formats for name in FORMATS[form])}
+    for name in {name for names in FORMATS.values() for name in names} - kept:
+        (output / name).unlink(missing_ok=True)  # of an earlier report with other formats
+    digest = _put(output, {name: content for name, content in made.files.items() if name in kept})
+    return Finished(output, digest, made.metrics, made.leaderboard, made.failures)
+
+
+def recorded_failures(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The failures in a manifest that are of the run itself; those of metrics follow from the records."""
+    found = [{str(k): str(v) for k, v in failure.items()} for failure in listed(manifest, "failures")]
+    return [failure for failure in found if not failure.get("reason", "").startswith(UNCOMPUTED)]
+
+
+def _retold(found: Recorded) -> dict[str, Any]:
+    """The manifest of a report: of which run it is, by what settings, and the evaluators as they are now."""
+    now = {bench.name: bench.evaluator.model_dump(mode="json", serialize_as_any=True) for bench in found.suite.benches}
+    benches = [{**entry, "evaluator": now.get(str(entry.get("name")))} for entry in listed(found.manifest, "benches")]
+    told = found.manifest.get("notices")
+    notices = [f"computed again from the records with --set {setting}" for setting in found.given]
+    listing = found.root / "digests.txt"
+    about = {"of": sha256(listing) if listing.is_file() else "", "rdiff": version("robustbench-diffaug")}
+    return {
+        **found.manifest,
+        "benches": benches,
+        "notices": [*notices, *(told if isinstance(told, list) else [])],
+        "report": about | {"settings": list(found.given)},
+    }
+
+
+def _free(root: Path, output: Path) -> None:
+    """Finds that a folder may hold a report: it is new, empty, or holds an earlier one."""
+    if output.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{output} lies in the run folder {root}, whose files its digests name; give another --output")
+    if not output.exists():
+        return
+    names = {path.name for path in output.iterdir() if _foreign(path)} if output.is_dir() else {""}
+    known = {"manifest.json", "digests.txt", *(name for files in FORMATS.values() for name in files)}
+    if names and not (names <= known and _is_report(output / "manifest.json")):
+        raise ValueError(f"{output} is not empty and holds no report of rdiff report; give another --output")
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return "report" in json.loads(path.read_bytes())
+    except (ValueError, OSError, TypeError):
+        return False
+
+
+def _put(root: Path, files: Mapping[str, bytes]) -> str:
+    """Writes files, each whole or not at all, and the digests of all that the folder then holds."""
+    for name, content in files.items():
+        with atomic(root / name) as file:
+            file.write(content)
+    digest = _write_digests(root)
+    _sweep(root)
+    return digest
 
 
 @contextmanager
@@ -224,12 +348,13 @@ def _files(root: Path) -> list[Path]:
     return sorted(path for path in found if path != root / "digests.txt")
 
 
-def _digests(root: Path) -> bytes:
+def digests(root: Path) -> bytes:
+    """What digests.txt should say: SHA-256 and name of every other file, by name; hidden ones are none of the run's."""
     return "".join(f"{sha256(path)}  {path.relative_to(root).as_posix()}\n" for path in _files(root)).encode()
 
 
 def _write_digests(root: Path) -> str:
-    text = _digests(root)
+    text = digests(root)
     with atomic(root / "digests.txt") as file:
         file.write(text)
     return hashlib.sha256(text).hexdigest()
@@ -239,7 +364,7 @@ def _unchanged(root: Path, text: bytes) -> Finished | None:
     """What the folder holds, if it is finished, of this very suite, and as its digests say."""
     if not (root / LOCK).exists() or (root / LOCK).read_bytes() != text or not (root / "digests.txt").exists():
         return None
-    if (root / "digests.txt").read_bytes() != _digests(root):
+    if (root / "digests.txt").read_bytes() != digests(root):
         return None
     manifest = json.loads((root / "manifest.json").read_bytes())
     if manifest["failures"]:

@@ -128,7 +128,7 @@ def binomial_lower(k: Rows | int, n: int, alpha: float) -> Floats:
     """A lower bound on p from k hits in n draws that fails with probability at most alpha, Clopper and Pearson's.
 
     The bound is the p at which P(Binomial(n, p) >= k) = I_p(k, n - k + 1) = alpha, rounded down: the tail at the
-    returned p is at most alpha, and the bound is lower than the true one by less than 1e-9 of it. Zero for no hits.
+    returned p is at most alpha, and the bound is lower than the true one by about 1e-12 p (1 - p). Zero for no hits.
 
     Arguments:
         k: Hits, integers in [0, n], of any shape.
@@ -139,20 +139,20 @@ def binomial_lower(k: Rows | int, n: int, alpha: float) -> Floats:
         ValueError: k, n or alpha is out of its range.
 
     References:
-        Certified adversarial robustness via randomized smoothing (Cohen, Rosenfeld and Kolter, 2019),
-            https://arxiv.org/abs/1902.02918
+        Certified adversarial robustness via randomized smoothing (Cohen et al., 2019), https://arxiv.org/abs/1902.02918
     """
     hits = np.asarray(k)
     if hits.dtype.kind not in "iu" or n < 1 or not 0 < alpha < 1:
         raise ValueError(f"need integer hits, n >= 1 and alpha in ]0, 1[, found {hits.dtype} hits, {n=}, {alpha=}")
     if hits.size and (hits.min() < 0 or hits.max() > n):
         raise ValueError(f"hits must lie in [0, {n}], found {hits.min()} to {hits.max()}")
-    successes = np.maximum(hits, 1).astype(np.float64)
-    failures = n - successes + 1
-    # The inverse is good to 1e-13. A certificate must not rest on the last digits, and 1e-11 costs no radius.
-    bound = np.asarray(betaincinv(successes, failures, alpha), dtype=np.float64) * (1 - 1e-11)
-    while (above := betainc(successes, failures, bound) > alpha).any():
-        bound = np.where(above, bound * (1 - 1e-11), bound)
+    shape = np.maximum(hits, 1.0), n - np.maximum(hits, 1.0) + 1
+    # The inverse is good to 1e-13. A certificate must not rest on the last digits, and 1e-12 costs no radius.
+    bound, above, margin = np.asarray(betaincinv(*shape, alpha), dtype=np.float64), np.array(True), 1e-12
+    while above.any():
+        below = np.minimum(bound - margin * bound * (1 - bound), np.nextafter(bound, 0))
+        bound, margin = np.where(above, below, bound), 2 * margin
+        above = betainc(*shape, bound) > alpha
     return np.where(hits == 0, 0.0, bound)
 
 

@@ -2,10 +2,11 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -19,7 +20,7 @@ from robustbench_diffaug.evaluators.base import Evaluator
 from robustbench_diffaug.files import atomic
 from robustbench_diffaug.records import Records, from_table
 
-__all__ = ["Cell", "Store"]
+__all__ = ["Cell", "Store", "of_nothing", "with_skipped"]
 
 LONGEST = 200  # characters of a folder's name; most file systems take 255
 
@@ -50,6 +51,29 @@ def _quoted(name: str) -> str:
     """A name as one of a folder: no separator, not hidden, and not too long for a file system."""
     quoted = quote(name, safe="@+=,").replace(".", "%2E", 1 if name.startswith(".") else 0)
     return quoted if len(quoted) <= LONGEST else f"{quoted[:LONGEST]}~{digest_of(name)}"
+
+
+SKIPPED = b"skipped"
+"""Key of a file's metadata: a JSON list of [id, reason] of the images that were left out."""
+
+
+def of_nothing() -> pa.Table:
+    """The rows of a range of which no image can be decoded: none, and no column of an evaluator."""
+    return pa.table({"sample": pa.array([], pa.string())})
+
+
+def with_skipped(table: pa.Table, skipped: Sequence[tuple[str, str]]) -> pa.Table:
+    """The rows of a range with a note of what was left out of it: (id, reason) of each image."""
+    if not skipped:
+        return table
+    return table.replace_schema_metadata({SKIPPED: json.dumps(skipped, ensure_ascii=False).encode()})
+
+
+def _skipped(schema: pa.Schema, path: Path) -> list[tuple[str, str]]:
+    try:
+        return [(str(id), str(reason)) for id, reason in json.loads((schema.metadata or {}).get(SKIPPED, b"[]"))]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged (its note of skipped images: {error}); delete it and run again") from error
 
 
 @dataclass(frozen=True)
@@ -86,7 +110,8 @@ class Store:
             ValueError: If a file is damaged, or two of them hold the same sample.
         """
         cells = tuple(cells)
-        tables = [self._table(*file) for cell in cells for file in self._files(cell)]
+        found = (self._table(*file) for cell in cells for file in self._files(cell))
+        tables = [table for table in found if len(table)]
         declared = tuple(cell.dataset.declared() for cell in cells)
         if not tables:
             return Records({}, declared, cells[0].seed)
@@ -99,7 +124,22 @@ class Store:
                 )
         return Records(columns, declared, cells[0].seed)
 
-    def costs(self, cell: Cell) -> list[dict[str, object]]:
+    def skipped(self, cell: Cell) -> list[tuple[str, str]]:
+        """The images that could not be decoded and were left out of a cell: id and reason of each.
+
+        Raises:
+            ValueError: If a file is damaged.
+        """
+        found = []
+        for _, _, path in self._files(cell):
+            try:
+                schema = pq.read_schema(path)
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
+            found += _skipped(schema, path)
+        return found
+
+    def costs(self, cell: Cell) -> list[dict[str, Any]]:
         """What each range of a cell cost, as it was written."""
         costs = []
         for first, last, path in self._files(cell):
@@ -125,6 +165,6 @@ class Store:
                 table = file.read()
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
-        if len(table) != last - first + 1:
+        if len(table) + len(_skipped(table.schema, path)) != last - first + 1:
             raise ValueError(f"{path} is damaged (it holds {len(table)} samples); delete it and run again")
-        return table
+        return table.replace_schema_metadata(None)  # files that say different things of themselves are one table

@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeInt, RootModel, model_validator
 from robustbench_diffaug import document
 from robustbench_diffaug.checkpoints.base import Checkpoint
 from robustbench_diffaug.component import Outside, Value, digest_of, suggest, trusting
-from robustbench_diffaug.data.base import Dataset
+from robustbench_diffaug.data.base import BadImage, Dataset
 from robustbench_diffaug.evaluators.base import Evaluator
 from robustbench_diffaug.files import locate
 
@@ -117,7 +117,8 @@ def load(
         extra: Files with more checkpoint entries, one or a list each.
         limit: At most so many samples of each dataset.
         seed: Instead of the file's.
-        data_dir: Where relative paths of datasets start; the file's folder where it is left out.
+        data_dir: Where relative paths of datasets start; the file's folder where it is left out. For an installed
+            suite all relative paths start there, or at the current folder.
 
     Raises:
         ValueError: If something is wrong; one line with file, line and key.
@@ -131,7 +132,9 @@ def load(
     if seed is not None:
         data["seed"] = seed
     found = document.Document(found.path, data, found.lines, given)
-    context = {"folder": path.resolve().parent, "data": data_dir.resolve() if data_dir else None}
+    start = data_dir.resolve() if data_dir else None
+    # No file of the user's lies beside a suite that is installed.
+    context = {"folder": (start or Path.cwd()) if installed else path.resolve().parent, "data": start}
     with trusting(trust or installed):
         suite = found.validate(Suite, context)
     places = {("checkpoint", c.id): _weights(found, "checkpoints", i) for i, c in enumerate(suite.checkpoints)}
@@ -190,13 +193,29 @@ def check(loaded: Loaded) -> tuple[str, ...]:
     for entry in suite.checkpoints:
         with _at(loaded.places["checkpoint", entry.id]):
             entry.check()
+        warnings += [f"checkpoint {entry.id}: {warning}" for warning in entry.warnings()]
     for bench in suite.benches:
         with _at(loaded.places["bench", bench.name]):
             warnings += [f"bench {bench.name}: {warning}" for warning in bench.evaluator.check()]
+            chosen = bench.chosen(suite.checkpoints)
+            bench.evaluator.fits(bench.parts(), [entry.id for entry in chosen])
+            _check_classes(chosen)
+            for denoiser in bench.evaluator.denoisers():
+                denoiser.contents()  # its files are there
         for index, dataset in enumerate(bench.datasets):
             with _at(loaded.places["bench", f"{bench.name}/{index}"]):
                 _check_images(bench, dataset, bench.chosen(suite.checkpoints))
     return tuple(warnings)
+
+
+def _check_classes(checkpoints: Sequence[Checkpoint]) -> None:
+    """All checkpoints of a bench must know the same classes, as far as their number tells."""
+    for entry in checkpoints[1:]:
+        if entry.classes != checkpoints[0].classes:
+            raise ValueError(
+                f"checkpoint {checkpoints[0].id} has {checkpoints[0].classes} classes and {entry.id} {entry.classes}; "
+                "correct its classes, or make a bench of each, with its checkpoints listed"
+            )
 
 
 def _check_images(bench: Bench, dataset: Dataset, checkpoints: Sequence[Checkpoint]) -> None:
@@ -204,7 +223,7 @@ def _check_images(bench: Bench, dataset: Dataset, checkpoints: Sequence[Checkpoi
     first = dataset.parts()[0]
     if not len(first.rows()):
         raise ValueError(f"dataset {first.name} is empty; give it images, or take it out")
-    channels = first.opened().read(first.rows()[:1])[0].shape[1]
+    channels = _channels(first)
     for denoiser in bench.evaluator.denoisers():
         if denoiser.channels() not in (None, channels):
             raise ValueError(
@@ -218,6 +237,17 @@ def _check_images(bench: Bench, dataset: Dataset, checkpoints: Sequence[Checkpoi
                 f"images of {first.name} have {channels} channels, checkpoint {entry.id} takes {expected}; correct its "
                 "channels, or list under checkpoints of the bench those that it is for"
             )
+
+
+def _channels(dataset: Dataset) -> int:
+    """The channels of the first image that can be decoded, if the dataset leaves out others."""
+    for row in dataset.rows():
+        try:
+            return int(dataset.opened().read([row])[0].shape[1])
+        except BadImage:
+            if dataset.on_bad_image == "fail":
+                raise
+    raise ValueError(f"no image of {dataset.name} can be decoded; is {dataset.name} what it is meant to be?")
 
 
 @contextmanager

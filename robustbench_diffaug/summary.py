@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 
 from robustbench_diffaug.checkpoints.base import Checkpoint
+from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.engine import cells, reason
 from robustbench_diffaug.files import Weights, path_of
 from robustbench_diffaug.records import Metric, Records
@@ -19,9 +20,13 @@ from robustbench_diffaug.suite import Bench, Suite
 
 __all__ = ["COLUMNS", "costs", "manifest", "metrics"]
 
+Figures: TypeAlias = Mapping[str, Sequence[Metric]]
+"""Metrics by the id of the checkpoint."""
+
 COLUMNS = (
     "suite bench evaluator checkpoint group metric value low high n n_available better unit complete headline".split()
 )
+LISTED = 10  # images that a notice names
 PACKAGES = ("robustbench-diffaug", "torch", "timm", "diffusers", "numpy", "scipy", "statsmodels", "pillow")
 
 
@@ -35,25 +40,49 @@ def metrics(suite: Suite, store: Store) -> tuple[pd.DataFrame, list[dict[str, st
     Raises:
         ValueError: If records are damaged.
     """
-    rows, failures = [], []
+    rows: list[dict[str, Any]] = []
+    failures = []
     for bench in suite.benches:
-        for entry, column in _by_checkpoint(suite, bench):
+        columns = {entry.id: column for entry, column in _by_checkpoint(suite, bench)}
+        compared, odd = _compared(bench, store, columns)
+        if odd:
+            failures.append(_failure(bench, "all", odd))
+        for id, column in columns.items():
             records = store.read(column)
-            named = {"suite": suite.name, "bench": bench.name, "evaluator": bench.evaluator.kind}
+            named = {"suite": suite.name, "bench": bench.name, "evaluator": bench.evaluator.kind, "checkpoint": id}
             try:
-                rows += [figure | named | {"checkpoint": entry.id} for figure in _figures(bench, records)]
+                rows += [figure | named for figure in _figures(bench, records, compared.get(id, []))]
             except Exception as error:  # whatever the evaluator raises costs no other checkpoint its figures
-                why = f"its metrics cannot be computed: {reason(error)}"
-                failures.append({"bench": bench.name, "checkpoint": entry.id, "dataset": "all", "reason": why})
+                failures.append(_failure(bench, id, reason(error)))
     return pd.DataFrame(rows, columns=pd.Index(COLUMNS)), failures
 
 
-def _figures(bench: Bench, records: Records) -> list[dict[str, Any]]:
+def _failure(bench: Bench, checkpoint: str, why: str) -> dict[str, str]:
+    return {
+        "bench": bench.name,
+        "checkpoint": checkpoint,
+        "dataset": "all",
+        "reason": f"its metrics cannot be computed: {why}",
+    }
+
+
+def _compared(bench: Bench, store: Store, columns: Mapping[str, tuple[Cell, ...]]) -> tuple[Figures, str]:
+    """The figures that need the records of several checkpoints, by checkpoint, and why there are none, if so."""
+    found: dict[str, list[Metric]] = {}
+    try:
+        for id, figure in bench.evaluator.compare(tuple(columns), lambda named: store.read(columns[named])):
+            found.setdefault(id, []).append(figure)
+    except Exception as error:  # damaged records among it: reading them again will say so
+        return {}, reason(error)
+    return found, ""
+
+
+def _figures(bench: Bench, records: Records, compared: Sequence[Metric]) -> list[dict[str, Any]]:
     """What an evaluator makes of one checkpoint's records, and what these rest on; nothing of no records."""
     if not len(records):
         return []
     rows = []
-    for figure in [*bench.evaluator.metrics(records), *_forwards(bench, len(records))]:
+    for figure in [*bench.evaluator.metrics(records), *compared, *_forwards(bench, len(records))]:
         if not isinstance(figure, Metric):
             raise TypeError(
                 f"the evaluator {bench.evaluator.kind} yields a {type(figure).__name__}, which is no Metric"
@@ -71,37 +100,47 @@ def _by_checkpoint(suite: Suite, bench: Bench) -> Iterable[tuple[Checkpoint, tup
 
 
 def _forwards(bench: Bench, samples: int) -> list[Metric]:
-    """What the records rest on: forwards of the denoiser, shared by all checkpoints, and of the classifier."""
+    """What the records rest on: passes through the denoiser, shared by all checkpoints, and through the classifier."""
     each = bench.evaluator.forwards()
-    pairs = {"denoiser": each.denoiser, "classifier": each.classifier}
+    counts = {"forwards/denoiser": each.denoiser, "forwards/classifier": each.classifier}
+    counts |= {"backwards/denoiser": each.backward} if each.backward else {}
     return [
-        Metric(f"forwards/{name}", "cost", float(samples * count), n=samples, better="lower", unit="count")
-        for name, count in pairs.items()
+        Metric(name, "cost", float(samples * count), n=samples, better="lower", unit="count")
+        for name, count in counts.items()
     ]
 
 
 def costs(suite: Suite, store: Store) -> pd.DataFrame:
-    """Seconds, throughput and peak memory of each cell."""
+    """Seconds, throughput and peak memory of each cell.
+
+    `denoising_seconds` are the cell's share of what making the views took, `classifying_seconds` its own, and `seconds`
+    both and its share of reading the images and keeping the rows.
+    """
     rows = []
     for bench in suite.benches:
         for dataset, row in cells(suite, bench):
             for cell in row:
-                parts = store.costs(cell)
-                samples = sum(int(str(part["samples"])) for part in parts)
-                seconds = sum(float(str(part.get("seconds", 0))) for part in parts)
-                memory = max((float(str(part.get("peak_memory_mb", 0))) for part in parts), default=0.0)
-                rows.append(
-                    {
-                        "bench": bench.name,
-                        "checkpoint": cell.checkpoint.id,
-                        "dataset": dataset.name,
-                        "samples": samples,
-                        "seconds": round(seconds, 3),
-                        "samples_per_second": round(samples / seconds, 2) if seconds else 0.0,
-                        "peak_memory_mb": round(memory, 1),
-                    }
-                )
+                named = {"bench": bench.name, "checkpoint": cell.checkpoint.id, "dataset": dataset.name}
+                rows.append(named | _cost(store.costs(cell)))
     return pd.DataFrame(rows)
+
+
+def _cost(parts: Sequence[Mapping[str, Any]]) -> dict[str, int | float]:
+    """What a cell cost, from what its ranges did."""
+    samples = sum(int(part["samples"]) - int(part.get("skipped", 0)) for part in parts)
+    seconds = sum(float(part.get("seconds", 0)) for part in parts)
+    denoising = sum(sum(part.get("views", {}).values()) / part.get("shared_by", 1) for part in parts)
+    classifying = sum(float(part.get("classifying_seconds", 0)) for part in parts)
+    memory = max((float(part.get("peak_memory_mb", 0)) for part in parts), default=0.0)
+    return {
+        "samples": samples,
+        "seconds": round(seconds, 3),
+        "samples_per_second": round(samples / seconds, 2) if seconds else 0.0,
+        "peak_memory_mb": round(memory, 1),
+        "seconds_per_image": round(seconds / samples, 6) if samples else 0.0,
+        "denoising_seconds": round(denoising, 3),
+        "classifying_seconds": round(classifying, 3),
+    }
 
 
 def manifest(
@@ -135,6 +174,7 @@ def manifest(
                     notices.append(
                         f"{bench.name}: {cell.checkpoint.id} has {done} of {declared.n} samples of {dataset.name}"
                     )
+            notices += _left_out(bench, dataset, row, store)
     if len(devices) > 1:
         named = "; ".join(" with torch ".join(pair) for pair in sorted(devices))
         notices.append(f"records were made on different devices or versions ({named}): last digits may differ")
@@ -153,6 +193,19 @@ def manifest(
         "notices": notices,
         "failures": list(failures),
     }
+
+
+def _left_out(bench: Bench, dataset: Dataset, row: Sequence[Cell], store: Store) -> list[str]:
+    """Says which images of a dataset could not be read, if any; they are the same for every checkpoint."""
+    if dataset.on_bad_image == "fail":
+        return []
+    ids = list(dict.fromkeys(id for cell in row for id, _ in store.skipped(cell)))
+    if not ids:
+        return []
+    named = ", ".join(ids[:LISTED]) + (f" and {len(ids) - LISTED} more" if len(ids) > LISTED else "")
+    images = "1 image" if len(ids) == 1 else f"{len(ids)} images"
+    were = "was" if len(ids) == 1 else "were"
+    return [f"{bench.name}: {images} of {dataset.name} could not be read and {were} left out: {named}"]
 
 
 def _checkpoint(entry: Checkpoint) -> dict[str, Any]:

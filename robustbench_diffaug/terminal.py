@@ -17,7 +17,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from robustbench_diffaug import probe
 from robustbench_diffaug.engine import Outcome, Task, settle, total
+from robustbench_diffaug.evaluators.base import Forwards
 from robustbench_diffaug.evaluators.smoothing import Smoothing
 from robustbench_diffaug.runs import Finished, Options
 from robustbench_diffaug.suite import Suite
@@ -26,27 +28,41 @@ from robustbench_diffaug.train.generate import Generation
 from robustbench_diffaug.train.loop import Step
 from robustbench_diffaug.train.recipe import Recipe
 
-__all__ = ["board", "cost", "plan", "progress", "train", "training"]
+__all__ = ["board", "cost", "counted", "estimated", "plan", "progress", "train", "training"]
 
+BACKWARD = 2  # forwards that a backward pass costs about, for the bar alone
 VIEWS = 3  # classifier forwards that cost about what a denoiser forward does, for the bar alone
 
 
 @dataclass
 class Shown:
-    """A progress bar over network forwards."""
+    """A progress bar over network forwards.
+
+    Arguments:
+        bar: What is drawn.
+        workers: Processes, for the estimate.
+        job: Of the bar.
+    """
 
     bar: Progress
+    workers: int = 1
     job: TaskID | None = None
 
     def announce(self, tasks: Sequence[Task], warnings: Sequence[str]) -> None:
-        """Says what is about to be done."""
+        """Says what is about to be done, and how long it will take if that is minutes."""
         for warning in warnings:
-            self.bar.console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-        denoised, shown = total(tasks)
-        self.bar.console.print(
-            f"{len(tasks)} tasks: {denoised:,} denoiser forwards and {shown:,} classifier forwards", highlight=False
-        )
+            self._say(f"warning: {warning}")
+        self._say(f"{len(tasks)} tasks: {counted(total(tasks))}")
+        if not self.bar.disable:
+            try:
+                if probe.worth(tasks):
+                    self._say(estimated(probe.estimate(tasks, self.workers)))
+            except ValueError as error:  # which the cells of that dataset will fail with
+                self._say(f"how long it will take is not known: {error}")
         self.job = self.bar.add_task("evaluating", total=sum(map(_work, tasks)))
+
+    def _say(self, line: str) -> None:
+        self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, outcome: Outcome) -> None:
         """Moves the bar."""
@@ -56,16 +72,30 @@ class Shown:
 
 
 def _work(task: Task) -> float:
-    return task.denoised + task.shown / VIEWS
+    return task.denoised + BACKWARD * task.derived + task.shown / VIEWS
+
+
+def counted(passes: Forwards) -> str:
+    """Passes through networks, in words."""
+    backwards = f" and {passes.backward:,} backwards" if passes.backward else ""
+    return f"{passes.denoiser:,} denoiser forwards{backwards} and {passes.classifier:,} classifier forwards"
+
+
+def estimated(found: probe.Estimate) -> str:
+    """What a run will take, in one line: 'about 34 min (shift 30 min, certify 4 min), 1.1 GB; probed in 6 s'."""
+    parts = ", ".join(f"{bench} {duration(seconds)}" for bench, seconds in found.benches.items())
+    each = f" in each of {found.workers} processes, which are taken not to slow each other" if found.workers > 1 else ""
+    memory = f"{found.memory_mb / 1024:.1f} GB{each}"
+    return f"about {duration(found.seconds)} ({parts}), {memory}; probed in {duration(found.probed)}"
 
 
 @contextmanager
-def progress(quiet: bool) -> Iterator[Shown]:
-    """A bar on standard error; on a pipe only its last state is printed."""
+def progress(quiet: bool, workers: int = 1) -> Iterator[Shown]:
+    """A bar on standard error; on a pipe only its last state is printed. Of `workers` processes is the estimate."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     clocks = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, *clocks, console=Console(stderr=True, quiet=quiet), disable=quiet) as bar:
-        yield Shown(bar)
+        yield Shown(bar, workers)
 
 
 @contextmanager
@@ -138,26 +168,28 @@ def train(
         yield f"entry    {folder / (recipe.name + '.yaml')}"
 
 
-def plan(suite: Suite, tasks: Sequence[Task], options: Options) -> Iterator[str]:
-    """What a run would do, as lines."""
+def plan(suite: Suite, tasks: Sequence[Task], options: Options, probing: bool = False) -> Iterator[str]:
+    """What a run would do, as lines; with `probing` also how long that will take."""
     yield f"suite {suite.name}, seed {suite.seed}, into {Path(options.root)}"
     for bench in suite.benches:
         mine = [task for task in tasks if task.cells[0].bench == bench.name]
         parts, chosen = bench.parts(), bench.chosen(suite.checkpoints)
         rows = sum(len(dataset.rows()) for dataset in parts) * len(chosen)
         left = sum(len(task.rows) * len(task.cells) for task in mine)
-        denoised, shown = total(mine)
+        passes = total(mine)
         counts = f"{len(parts)} datasets x {len(chosen)} checkpoints"
         yield f"bench {bench.name}: {counts} = {len(parts) * len(chosen)} cells"
-        yield f"  {rows - left:,} of {rows:,} samples are there; left: {denoised:,} denoiser forwards (shared)"
-        yield f"  and {shown:,} classifier forwards"
+        yield f"  {rows - left:,} of {rows:,} samples are there; left: {passes.denoiser:,} denoiser forwards (shared)"
+        backwards = f"{passes.backward:,} denoiser backwards (shared) and " if passes.backward else ""
+        yield f"  and {backwards}{passes.classifier:,} classifier forwards"
         if isinstance(bench.evaluator, Smoothing):
             for sigma in bench.evaluator.sigmas:
                 yield f"  sigma {sigma:g}: largest reachable radius {bench.evaluator.reach(sigma):.4f}"
         for warning in bench.evaluator.check():
             yield f"  warning: {warning}"
-    denoised, shown = total(tasks)
-    yield f"in all {len(tasks)} tasks, {denoised:,} denoiser forwards and {shown:,} classifier forwards"
+    yield f"in all {len(tasks)} tasks, {counted(total(tasks))}"
+    if probing and tasks:
+        yield estimated(probe.estimate(tasks, options.workers))
 
 
 def board(done: Finished) -> Iterator[str]:

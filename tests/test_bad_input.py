@@ -214,6 +214,11 @@ def test_weights_of_another_number_of_classes(rdiff: Command) -> None:
 def test_labels_beyond_the_classes(rdiff: Command) -> None:
     save_file(good_weights(classes=3), "w.safetensors")
     with_network(classes=3)
+    one_line(rdiff("validate", "suite.yaml"), "suite.yaml:", "bayes has 4 classes and net 3", "make a bench of each")
+    data = yaml.safe_load(Path("suite.yaml").read_text())
+    own = [bench | {"name": f"{bench['name']}-net", "checkpoints": ["net"]} for bench in data["benches"]]
+    data["benches"] = [bench | {"checkpoints": ["bayes", "tilted"]} for bench in data["benches"]] + own
+    Path("suite.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
     failed(rdiff("run", "suite.yaml", "-q"), "label 3", "net knows 3 classes")
 
 

@@ -1,5 +1,6 @@
 """Flags, environment, exit codes, and what standard error shows."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from robustbench_diffaug import cli, runs
 from robustbench_diffaug import suite as suites
 
 SMOKE = (Path(__file__).parent.parent / "suites/smoke.yaml").read_text()
+COMMANDS = ", ".join(cli.cli.commands)
 RDIFF = [sys.executable, "-c", "from robustbench_diffaug.cli import main; main()"]
 
 
@@ -54,6 +56,12 @@ def test_validate_and_plan_run_nothing(shell: Shell) -> None:
     assert "suite smoke, seed 0, into reports/smoke" in out
     assert "bench certify: 1 datasets x 2 checkpoints = 2 cells" in out
     assert "sigma 0.5: largest reachable radius" in out
+    assert "probed" not in out
+    code, out, err = shell("plan", "smoke", "-L", "4", "--set", "benches.certify.evaluator.n=64", "--probe")
+    assert (code, err) == (0, "")
+    assert re.fullmatch(
+        r"about \d+ s \(shift \d+ s, certify \d+ s\), \d+\.\d GB; probed in \d+ s", out.splitlines()[-1]
+    )
     assert not list(Path().iterdir())
 
 
@@ -129,7 +137,7 @@ def test_every_flag_is_a_variable(shell: Shell, asked: Asked, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["fly"], "No such command 'fly'; there are run, plan, validate, train, ls; see rdiff --help"),
+        (["fly"], f"No such command 'fly'; there are {COMMANDS}; see rdiff --help"),
         (["run"], "Missing argument 'SUITE'; see rdiff run --help"),
         (["run", "smoke", "--limt", "3"], None),
         (["run", "smoke", "--device", "gpu"], "--device gpu: needed is auto, cpu, cuda or cuda:N"),
@@ -192,6 +200,29 @@ def test_a_closed_pipe_is_no_error() -> None:
         text=True,
     )
     assert done.stderr == ""
+
+
+def test_a_long_run_says_how_long_it_will_take(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    from robustbench_diffaug import probe
+
+    Path("s.yaml").write_text(SMOKE)
+    words = ("run", "s.yaml", "-L", "4", "--set", "benches.certify.evaluator.n=64", "-o")
+    code, plain, err = shell(*words, "plain")
+    assert code == 0
+    assert "tasks: " in err
+    assert "probed" not in err  # it is short
+    monkeypatch.setattr(probe, "WORTH", 0)
+    code, out, err = shell(*words, "probed")
+    assert code == 0
+    (line,) = (line for line in err.splitlines() if "probed in" in line)
+    assert line.startswith("about ")
+    assert out.splitlines()[:-2] == plain.splitlines()[:-2]
+    found, expected = (
+        {path.relative_to(name).as_posix(): path.read_bytes() for path in Path(name).rglob("*.parquet")}
+        for name in ("probed", "plain")
+    )
+    assert found == expected
+    assert "probed" not in shell(*words, "quiet", "-q")[2]
 
 
 def test_a_failure_is_told_once(shell: Shell) -> None:

@@ -1,5 +1,7 @@
 """The engine: one denoiser pass for all checkpoints, failures that stay where they are, and ranges."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,12 +11,14 @@ import torch
 from robustbench_diffaug.batch import Limits
 from robustbench_diffaug.checkpoints.base import Checkpoint
 from robustbench_diffaug.checkpoints.bayes import Bayes
+from robustbench_diffaug.data.base import BadImage, Dataset, Images
 from robustbench_diffaug.data.synthetic import Mixture
 from robustbench_diffaug.diffusion.base import Denoise, Denoiser, Posterior, Schedule, Sigma
-from robustbench_diffaug.engine import plan, run
+from robustbench_diffaug.engine import Outcome, plan, run, total
+from robustbench_diffaug.evaluators.base import Evaluator, Forwards
 from robustbench_diffaug.evaluators.shift import Shift
 from robustbench_diffaug.evaluators.smoothing import Smoothing
-from robustbench_diffaug.store import Store
+from robustbench_diffaug.store import Cell, Store
 from robustbench_diffaug.suite import Bench, Suite
 
 CALLS: list[int] = []
@@ -141,3 +145,138 @@ def test_nan_logits_fail_their_checkpoint_and_leave_no_file(tmp_path: Path) -> N
         assert "n gives NaN or infinite logits for" in outcome.failures[0]
     root = tmp_path / "b"
     assert {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*.parquet")} == alone
+
+
+class Damaged(Dataset):
+    """A mixture some of whose images cannot be decoded."""
+
+    kind: Literal["damaged"] = "damaged"
+    name: str = "m"
+    size: int = 20
+    bad: tuple[int, ...] = ()
+
+    def contents(self) -> str:
+        return f"{self.size}"
+
+    def covers(self) -> tuple[int, ...]:
+        return (0, 1, 3)
+
+    def open(self) -> Images:
+        whole = Mixture(name=self.name, size=self.size).open()
+
+        def read(rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+            for row in rows:
+                if row in self.bad:
+                    raise BadImage(f"image {row} is cut off")
+            return whole.read(rows)
+
+        return Images(whole.ids, read)
+
+
+def damaged(root: Path, dataset: Dataset, evaluator: Evaluator, batch: int = 64) -> tuple[Store, list[Cell], Outcome]:
+    """Runs one evaluator with two checkpoints on a dataset of one file."""
+    bench = Bench(name="b", evaluator=evaluator, datasets=(dataset,))
+    suite = Suite(name="s", checkpoints=(network("x"), network("y", 3.0)), benches=(bench,))
+    store = Store(root)
+    (task,) = plan(suite, store, Limits(batch=batch))
+    return store, list(task.cells), run(task)
+
+
+ENSEMBLE = Shift(modes=("default", "de"), denoiser=Counting(), times=(0, 50))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_damaged_images_are_left_out_and_recorded(batch: int, tmp_path: Path) -> None:
+    bad = (0, 4, 5, 19)
+    dataset = Damaged(bad=bad, on_bad_image="skip")
+    store, cells, outcome = damaged(tmp_path / "bad", dataset, ENSEMBLE, batch)
+    whole, others, _ = damaged(tmp_path / "good", Damaged(), ENSEMBLE)
+    assert not outcome.failures
+    kept = [row for row in range(20) if row not in bad]
+    for cell, other in zip(cells, others, strict=True):
+        found, expected = store.read([cell]), whole.read([other])
+        assert found.columns.keys() == expected.columns.keys()
+        for name, column in found.columns.items():
+            assert (column == expected[name][kept]).all(), name
+        reasons = [(f"{row:05d}", f"image {row} is cut off") for row in bad]
+        assert [reason for _, reason in store.skipped(cell)] == [reason for _, reason in reasons]
+        assert list(store.missing(cell, 8)) == []  # the range is done
+        metric = next(metric for metric in ENSEMBLE.metrics(found) if metric.name.startswith("accuracy"))
+        assert (metric.n, metric.n_available, metric.complete) == (16, 20, False)
+    bytes_of = [path.read_bytes() for path in sorted((tmp_path / "bad").rglob("*.parquet"))]
+    damaged(tmp_path / "again", dataset, ENSEMBLE)
+    assert [path.read_bytes() for path in sorted((tmp_path / "again").rglob("*.parquet"))] == bytes_of
+
+
+def test_a_damaged_image_fails_its_cells_where_it_is_not_to_be_skipped(tmp_path: Path) -> None:
+    _, _, outcome = damaged(tmp_path, Damaged(bad=(4, 5, 19)), ENSEMBLE, batch=10)
+    message = "image 4 is cut off (2 of the 10 images read together cannot be decoded; on_bad_image: skip leaves"
+    assert list(outcome.failures) == [0, 1]
+    assert all(reason.startswith(message) for reason in outcome.failures.values())
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_a_range_of_nothing_but_damaged_images_is_done_and_empty(tmp_path: Path) -> None:
+    dataset = Damaged(bad=tuple(range(20)), on_bad_image="skip")
+    store, cells, outcome = damaged(tmp_path, dataset, ENSEMBLE)
+    assert not outcome.failures
+    assert list(store.missing(cells[0], 8)) == []
+    assert len(store.skipped(cells[0])) == 20
+    records = store.read(cells[:1])
+    assert len(records) == 0
+    assert list(Shift().metrics(records)) == []
+    # Beside a file with rows, the empty one is none.
+    bench = Bench(
+        name="b", evaluator=ENSEMBLE, datasets=(Damaged(bad=tuple(range(128)), size=200, on_bad_image="skip"),)
+    )
+    more = Store(tmp_path / "more")
+    for task in plan(Suite(name="s", checkpoints=(network("x"),), benches=(bench,)), more, Limits()):
+        assert not run(task).failures
+        (cell,) = task.cells
+    assert len(more.read([cell])) == 72
+    assert len(more.skipped(cell)) == 128
+
+
+class Curious(Shift):
+    """Looks at what a batch says of its classes."""
+
+    kind: Literal["shift"] = "shift"
+
+    def views(self, batch: Any) -> Any:
+        SEEN.append((batch.classes, batch.class_space))
+        return iter(())
+
+    def record(self, seen: Any, batch: Any) -> Any:
+        return {}
+
+
+SEEN: list[tuple[tuple[int, ...], str]] = []
+
+
+def test_batches_know_the_classes_of_their_dataset(tmp_path: Path) -> None:
+    for space in ("subset", "full"):
+        damaged(tmp_path / space, Damaged(class_space=space), Curious())
+    assert SEEN == [((0, 1, 3), "subset"), ((0, 1, 3), "full")]
+
+
+def test_costs_say_what_each_view_took(tmp_path: Path) -> None:
+    store, cells, _ = damaged(tmp_path, Damaged(bad=(1,), on_bad_image="skip"), ENSEMBLE)
+    ((first,), (second,)) = (store.costs(cell) for cell in cells)
+    assert set(first["views"]) == {"t=0", "t=50"}
+    assert first["views"] == second["views"]
+    assert (first["shared_by"], first["samples"], first["skipped"]) == (2, 20, 1)
+    for cost in (first, second):
+        assert 0 < cost["classifying_seconds"] < cost["seconds"]
+        assert sum(cost["views"].values()) / 2 + cost["classifying_seconds"] < cost["seconds"]
+    assert json.loads(next(tmp_path.rglob("*.json")).read_bytes())["views"]
+
+
+def test_backward_passes_are_counted(tmp_path: Path) -> None:
+    class Both(Smoothing):
+        def forwards(self) -> Forwards:
+            return Forwards(50, 3, 40)
+
+    bench = Bench(name="b", evaluator=Both(), datasets=(Mixture(size=10),))
+    suite = Suite(name="s", checkpoints=(network("x"), network("y")), benches=(bench,))
+    assert total(plan(suite, Store(tmp_path), Limits())) == Forwards(500, 60, 400)
+    assert total([]) == Forwards(0, 0, 0)

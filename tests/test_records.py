@@ -1,6 +1,7 @@
 """Records: what is selected, what is one cluster, and when a metric is complete."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -64,3 +65,16 @@ def test_the_image_column_tells_pixels_apart() -> None:
     batch = Batch("m", ("a", "b", "c"), images, torch.zeros(3).long(), 0, Limits())
     found = from_table(to_table(batch, CLEAN, {"x": torch.zeros(3)}))["image"].tolist()
     assert found[0] == found[2] != found[1]
+
+
+def test_a_batch_without_images_makes_an_empty_table_of_the_same_form() -> None:
+    def made(count: int) -> pa.Table:
+        ids = tuple(map(str, range(count)))
+        batch = Batch("m", ids, torch.zeros(count, 1, 2, 2), torch.zeros(count).long(), 0, Limits())
+        columns = {"x": torch.zeros(count), "votes": torch.zeros(count, 2, 3).int()}
+        return to_table(batch, CLEAN, columns)
+
+    none, some = made(0), made(2)
+    assert none.schema.equals(some.schema, check_metadata=True)
+    assert len(pa.concat_tables([none, some])) == 2
+    assert from_table(none)["votes"].shape == (0, 2, 3)

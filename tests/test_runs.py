@@ -8,10 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
+from PIL import Image
 
-from robustbench_diffaug import engine, rng, runs
+from robustbench_diffaug import engine, rng, runs, summary
+from robustbench_diffaug.evaluators.base import Forwards
+from robustbench_diffaug.evaluators.shift import Shift
+from robustbench_diffaug.store import Store
 from robustbench_diffaug.suite import Loaded, load
 
 SUITE = yaml.safe_load((Path(__file__).parent.parent / "suites/smoke.yaml").read_text())
@@ -202,3 +207,64 @@ def test_damaged_records_are_named(tmp_path: Path, whole: tuple[Path, dict[str, 
     path.unlink()
     runs.execute(loaded, options)
     assert results(tmp_path / "run") == whole[1]
+
+
+def picture(path: Path, grey: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), grey).save(path)
+
+
+def of_folder(folder: Path, rule: str) -> Loaded:
+    """A suite of one folder of 20 images, two of which are damaged."""
+    for number in range(20):
+        picture(folder / "images" / f"{number % 4}" / f"{number:02d}.png", 10 * number)
+    for name in ("images/1/05.png", "images/3/19.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:40])
+    dataset = {"kind": "folder", "name": "f", "root": "images", "mode": "L", "on_bad_image": rule}
+    bench = {"name": "shift", "evaluator": {"kind": "shift"}, "datasets": [dataset]}
+    data = {"name": "damaged", "checkpoints": SUITE["checkpoints"], "benches": [bench]}
+    (folder / "s.yaml").write_text(yaml.safe_dump(data))
+    return load(str(folder / "s.yaml"))
+
+
+def test_damaged_images_are_left_out_and_told(tmp_path: Path) -> None:
+    done = runs.execute(of_folder(tmp_path, "skip"), runs.Options(tmp_path / "run"))
+    assert not done.failures
+    (notice,) = json.loads((tmp_path / "run/manifest.json").read_text())["notices"]
+    assert notice == "shift: 2 images of f could not be read and were left out: 1/05.png, 3/19.png"
+    rows = done.metrics[done.metrics["metric"].str.startswith("accuracy")]
+    assert set(rows["n"]) == {18}
+    assert set(rows["n_available"]) == {20}
+    assert not rows["complete"].any()
+    costs = pd.read_csv(tmp_path / "run/costs.csv")
+    assert costs["samples"].tolist() == [18, 18]
+    for _, cost in costs.iterrows():
+        assert cost["seconds_per_image"] == pytest.approx(cost["seconds"] / 18, abs=1e-4)
+        assert cost["denoising_seconds"] + cost["classifying_seconds"] <= cost["seconds"] + 0.002
+    assert runs.execute(of_folder(tmp_path, "skip"), runs.Options(tmp_path / "run")).computed == 0
+
+
+def test_damaged_images_fail_their_cells_and_are_named(tmp_path: Path) -> None:
+    done = runs.execute(of_folder(tmp_path, "fail"), runs.Options(tmp_path / "run"))
+    assert [failure["checkpoint"] for failure in done.failures] == ["bayes", "tilted"]
+    for failure in done.failures:
+        assert "1/05.png is not a readable image" in failure["reason"]
+        assert "2 of the 20 images read together cannot be decoded" in failure["reason"]
+
+
+def test_backwards_are_a_metric_where_there_are_any(
+    tmp_path: Path, whole: tuple[Path, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(str(whole[0]))
+    runs.execute(loaded, runs.Options(tmp_path / "run"))
+
+    def counts() -> set[tuple[str, float, int]]:
+        found, _ = summary.metrics(loaded.suite, Store(tmp_path / "run"))
+        rows = found[(found["group"] == "cost") & (found["bench"] == "shift") & found["metric"].str.contains("wards/d")]
+        return set(zip(rows["metric"], rows["value"], rows["n"], strict=True))
+
+    assert {name for name, _, _ in counts()} == {"forwards/denoiser"}
+    monkeypatch.setattr(Shift, "forwards", lambda self: Forwards(50, 3, 40))
+    ((n, denoised), (m, derived)) = sorted((n, (name, value)) for name, value, n in counts())
+    assert n == m
+    assert {denoised, derived} == {("forwards/denoiser", 50.0 * n), ("backwards/denoiser", 40.0 * n)}

@@ -14,7 +14,7 @@ from robustbench_diffaug.checkpoints.bayes import Bayes
 from robustbench_diffaug.data.synthetic import Mixture
 from robustbench_diffaug.evaluators.shift import Shift
 from robustbench_diffaug.records import Declared, from_table, to_table
-from robustbench_diffaug.store import Cell, Store
+from robustbench_diffaug.store import Cell, Store, of_nothing, with_skipped
 
 
 def cell(name: str = "m", checkpoint: str = "c", bench: str = "b", size: int = 40) -> Cell:
@@ -101,3 +101,29 @@ def test_columns_of_any_shape_round_trip() -> None:
     assert len(set(found["image"].tolist())) == 1
     with pytest.raises(ValueError, match="2 rows for 3 samples"):
         to_table(batch, Declared("m", "o", "g", 2, 3, 9), {"x": torch.zeros(2)})
+
+
+def test_what_was_left_out_stands_in_the_file(tmp_path: Path) -> None:
+    store, left = Store(tmp_path), [("00003", "3.png is cut off"), ("00004", 'é \N{SNOWMAN} "quoted"')]
+    store.write(cell(), range(5), with_skipped(table(0, 3), left), {})
+    store.write(cell(), range(5, 8), table(5, 8), {})
+    store.write(cell(), range(8, 10), with_skipped(of_nothing(), [("8", "x"), ("9", "y")]), {})
+    assert store.skipped(cell()) == [*left, ("8", "x"), ("9", "y")]
+    assert store.read([cell()])["sample"].tolist() == ["00000", "00001", "00002", "00005", "00006", "00007"]
+    assert list(store.missing(cell(), 10)) == [range(10, 20), range(20, 30), range(30, 40)]
+    store.write(cell(), range(10, 14), with_skipped(table(10, 12), [("00012", "x")]), {})
+    with pytest.raises(ValueError, match=r"damaged \(it holds 2 samples\)"):
+        store.read([cell()])
+
+
+def test_a_note_that_makes_no_sense_is_a_damaged_file(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for note in (b"{", b"[1]", b"3", b"[[1, 2, 3]]"):
+        store.write(cell(), range(3), table(0, 3).replace_schema_metadata({b"skipped": note}), {})
+        for look in (store.read, lambda cells: store.skipped(cells[0])):
+            with pytest.raises(ValueError, match=r"0000000-0000002.parquet is damaged \(its note of skipped images"):
+                look([cell()])
+    (path,) = tmp_path.rglob("*.parquet")
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is damaged"):
+        store.skipped(cell())

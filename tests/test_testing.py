@@ -60,6 +60,7 @@ EVALUATORS: dict[str, list[Evaluator]] = {
 }
 UNET = UNet(folder="rdiff:zoo/mnist5k-ddpm", microbatch=4)
 DENOISERS: dict[str, list[tuple[Denoiser, tuple[int, int, int]]]] = {
+    "adm": [],  # needs a file of weights: tests/diffusion/test_adm.py runs check_denoiser
     "mixture": [(MixtureDenoiser(), (1, 8, 8)), (MixtureDenoiser(clip=False), (1, 8, 8))],
     "unet": [(UNET, (1, 32, 32)), (UNET.model_copy(update={"precision": "bfloat16"}), (1, 32, 32))],
 }

@@ -1,8 +1,9 @@
 """The family of checkpoints: trained classifiers, what they expect of an image, and their weights."""
 
+import re
 from abc import ABC, abstractmethod
 from functools import lru_cache
-from typing import Annotated, ClassVar, Literal, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float
@@ -16,7 +17,7 @@ from robustbench_diffaug.checkpoints.conditioning import Want
 from robustbench_diffaug.checkpoints.model import Model
 from robustbench_diffaug.component import Component, Outside, Value, fingerprint
 
-__all__ = ["Checkpoint", "Preprocess"]
+__all__ = ["Checkpoint", "Preprocess", "normalising"]
 
 Fraction = Annotated[float, Field(gt=-10, lt=10)]
 
@@ -26,21 +27,38 @@ class Preprocess(Value):
 
     Arguments:
         size: Height and width in pixels; images are taken as they are where it is left out.
+        crop: Height and width of a crop from the centre, after the resizing.
         interpolation: Of the resizing, antialiased.
         mean: Of each channel, or one for all.
         std: Of each channel, or one for all.
     """
 
     size: PositiveInt | None = None
+    crop: PositiveInt | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     mean: tuple[float, ...] = (0.0,)
     std: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_word(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            raise ValueError(
+                f"preprocess is a mapping with size, crop, interpolation, mean and std, not {data[:80]!r}; only kind "
+                "timm takes a word, which is timm"
+            )
+        return data
 
     @model_validator(mode="after")
     def _same_length(self) -> "Preprocess":
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean has {len(self.mean)} values and std {len(self.std)}; give one of each per channel")
         return self
+
+    @property
+    def normalises(self) -> bool:
+        """Whether it changes what it is given but for size."""
+        return any(self.mean) or any(value != 1 for value in self.std)
 
     def __call__(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h2 w2"]:
         """The network's input.
@@ -54,6 +72,12 @@ class Preprocess(Value):
             images = functional.interpolate(
                 images, size=(self.size, self.size), mode=self.interpolation, antialias=True, align_corners=False
             )
+        if self.crop:
+            height, width = images.shape[-2:]
+            if min(height, width) < self.crop:
+                raise ValueError(f"preprocess crops to {self.crop}, and images are {width}x{height}; make crop smaller")
+            top, left = (round((side - self.crop) / 2) for side in (height, width))
+            images = images[..., top : top + self.crop, left : left + self.crop]
         mean = images.new_tensor(self.mean)[:, None, None]
         return (images - mean) / images.new_tensor(self.std)[:, None, None]
 
@@ -72,6 +96,8 @@ class Checkpoint(Component, ABC):
     """
 
     family: ClassVar[str] = "robustbench_diffaug.checkpoints"
+    may_normalise: ClassVar[bool] = True
+    """Whether its networks may have a layer of their own that normalises images; `warnings` then builds and looks."""
     id: Annotated[str, Outside] = Field(min_length=1, max_length=120)
     classes: PositiveInt
     preprocess: Preprocess = Preprocess()
@@ -104,9 +130,69 @@ class Checkpoint(Component, ABC):
         return
 
     @final
+    def warnings(self) -> tuple[str, ...]:
+        """Signs that images are normalised twice, or by numbers that are for images of 0 to 255.
+
+        The network is built for it where its kind may have a normalising layer and `preprocess` normalises too.
+        """
+        found = []
+        high = [
+            name for name, values in (("mean", self.preprocess.mean), ("std", self.preprocess.std)) if max(values) > 1
+        ]
+        if high:
+            numbers = " and ".join(f"{name} {list(getattr(self.preprocess, name))}" for name in high)
+            found.append(
+                f"preprocess has {numbers}, above 1, and images are in [0, 1]; divide by 255 if meant for 0..255"
+            )
+        if self.may_normalise and self.preprocess.normalises:
+            try:
+                with rng.seeded(rng.key("load", self.id)):
+                    own = normalising(self.load())
+            except ValueError:  # the run itself says so, in its place
+                own = None
+            if own:
+                found.append(
+                    f"the network normalises images itself ({own}), and preprocess has mean and std too; if both are "
+                    "the same normalisation, leave mean and std out of preprocess"
+                )
+        return tuple(found)
+
+    @final
     def loaded(self, limits: Limits) -> Model:
         """The network behind its preprocessing, loaded once per process and device."""
         return _loaded(self, fingerprint(self), limits.device)
+
+
+MEAN = re.compile("_?(image_|pixel_|input_)?(means?|mu)_?")
+STD = re.compile("_?(image_|pixel_|input_)?(stds?|sds?|sigmas?)_?")
+
+
+def normalising(network: nn.Module) -> str | None:
+    """The first module with a mean and a standard deviation of a few channels, whatever it is called; None for none.
+
+    Such are RobustBench's, locuslab's and torchvision's layers of normalisation. BatchNorm's statistics have other
+    names.
+    """
+    for name, module in network.named_modules():
+        held = {
+            **vars(module),
+            **dict(module.named_buffers(recurse=False)),
+            **dict(module.named_parameters(recurse=False)),
+        }
+        means = [value for key, value in held.items() if MEAN.fullmatch(key) and _few(value)]
+        stds = [value for key, value in held.items() if STD.fullmatch(key) and _few(value)]
+        if means and stds:
+            return f"{name or 'the whole'}, a {type(module).__name__}"
+    return None
+
+
+def _few(value: object) -> bool:
+    """Whether it is numbers of 1 to 4 channels."""
+    if isinstance(value, Tensor):
+        return 1 <= value.numel() <= 4
+    if not isinstance(value, list | tuple):
+        return False
+    return 1 <= len(value) <= 4 and all(isinstance(number, int | float) for number in value)
 
 
 @lru_cache(maxsize=32)

@@ -1,9 +1,9 @@
 """Classifiers of the library timm, by the name of the architecture, with local weights."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from robustbench_diffaug.checkpoints.base import Checkpoint
@@ -11,14 +11,17 @@ from robustbench_diffaug.checkpoints.conditioning import planes
 from robustbench_diffaug.component import Options, suggest
 from robustbench_diffaug.files import Weights
 
-__all__ = ["Timm", "build", "fit_state", "load_state"]
+__all__ = ["Timm", "build", "fit_state", "load_state", "stated"]
 
 
 class Timm(Checkpoint):
     """Any architecture of timm with weights from a safetensors file; nothing is downloaded.
 
+    `preprocess` may be the word `timm`, for the input size, interpolation, mean and std that timm states for the
+    architecture; they are written out in the value, and so in `suite.lock.yaml`.
+
     Arguments:
-        arch: As in `timm.create_model`.
+        arch: As in `timm.create_model`; a tag, as in 'vit_base_patch16_224.augreg_in1k', says whose preprocessing.
         args: More arguments of the architecture, such as `img_size`.
         channels: Of the input images.
         weights: The file.
@@ -28,10 +31,23 @@ class Timm(Checkpoint):
     """
 
     kind: Literal["timm"] = "timm"
+    may_normalise: ClassVar[bool] = False
     arch: str
     args: Options = ()
     channels: PositiveInt = 3
     weights: Weights
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        """Puts numbers in place of the word."""
+        if not isinstance(data, Mapping) or data.get("preprocess") != "timm":
+            return data
+        arguments = data.get("args")
+        size = dict(arguments).get("img_size") if isinstance(arguments, Mapping | tuple) else None
+        if data.get("channels", 3) != 3:
+            raise ValueError("preprocess: timm is for images of 3 channels; write size, mean and std out")
+        return {**data, "preprocess": stated(str(data.get("arch")), size)}
 
     def check(self) -> None:
         """Looks at the file of weights."""
@@ -50,11 +66,7 @@ def build(arch: str, args: Options, channels: int, classes: int) -> nn.Module:
     Raises:
         ValueError: If timm has none of that name, or it does not take these arguments.
     """
-    import robustbench_diffaug.torchvision_guard  # noqa: F401  # isort: skip
-    import timm
-
-    if not timm.is_model(arch):
-        raise ValueError(f"timm has no architecture {arch!r}{suggest(arch, timm.list_models())[:200]}")
+    timm = _known(arch)
     options: dict[str, Any] = dict(args)
     try:
         network: nn.Module = timm.create_model(
@@ -63,6 +75,45 @@ def build(arch: str, args: Options, channels: int, classes: int) -> nn.Module:
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"timm cannot build {arch} with {options}: {error}") from error
     return network
+
+
+def _known(arch: str) -> Any:
+    """The module timm, once it is clear that it has an architecture."""
+    import robustbench_diffaug.torchvision_guard  # noqa: F401  # isort: skip
+    import timm
+
+    if not timm.is_model(arch):
+        raise ValueError(f"timm has no architecture {arch!r}{suggest(arch, timm.list_models())[:200]}")
+    return timm
+
+
+def stated(arch: str, size: int | None = None) -> dict[str, Any]:
+    """What timm states for the images of an architecture (its `pretrained_cfg`), as the fields of `Preprocess`.
+
+    Arguments:
+        arch: With or without the tag of some weights; timm's first weights count where it is left out.
+        size: In pixels, in place of the stated input size.
+
+    Raises:
+        ValueError: If timm has no such architecture or tag, or states a size of unequal height and width.
+    """
+    models = _known(arch).models
+    try:
+        config = models.get_pretrained_cfg(arch, allow_unregistered=False)
+    except RuntimeError as error:
+        tags = ", ".join(models.list_pretrained(f"{arch.partition('.')[0]}.*")[:12])
+        raise ValueError(f"timm has no weights {arch!r}; there are {tags}") from error
+    if config is None:
+        raise ValueError(f"timm states no preprocessing for {arch}; write size, mean and std out")
+    height, width = config.input_size[1:]
+    if size is None and height != width:
+        raise ValueError(f"timm's input of {arch} is {width}x{height}, not square; write the preprocessing out")
+    return {
+        "size": size or height,
+        "interpolation": config.interpolation,
+        "mean": config.mean,
+        "std": config.std,
+    }
 
 
 def load_state(network: nn.Module, weights: Weights) -> None:

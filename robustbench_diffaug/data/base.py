@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import numpy as np
 import torch
@@ -16,11 +16,15 @@ from torch import Tensor
 from robustbench_diffaug.component import Component, fingerprint
 from robustbench_diffaug.records import Declared
 
-__all__ = ["Dataset", "Images", "in_memory", "tensor_of"]
+__all__ = ["BadImage", "Dataset", "Images", "in_memory", "tensor_of"]
 
 Read = Callable[[Sequence[int]], tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]]
 Decode = Callable[[int], Image]
 Fit = Callable[[Image], Float[Tensor, "c h w"]]
+
+
+class BadImage(ValueError):
+    """One image that cannot be decoded; the message names its file or its position."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,9 @@ class Dataset(Component, ABC):
         severity: Of a corruption, 1 to 5; 0 for none.
         every: Takes each `every`-th image, from the first.
         limit: At most so many of them.
+        on_bad_image: What becomes of an image that cannot be decoded: 'fail' makes the cell fail, 'skip' leaves the
+            image out and records that.
+        class_space: Whether predictions are among the classes that `covers` names ('subset') or all ('full').
     """
 
     family: ClassVar[str] = "robustbench_diffaug.datasets"
@@ -78,6 +85,12 @@ class Dataset(Component, ABC):
     severity: NonNegativeInt = Field(0, le=5)
     every: PositiveInt = 1
     limit: PositiveInt | None = None
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    class_space: Literal["subset", "full"] = "subset"
+
+    def covers(self) -> tuple[int, ...]:
+        """The classes that its images can be of, increasing, where they are not all. Default: all, named by ()."""
+        return ()
 
     def parts(self) -> tuple["Dataset", ...]:
         """The datasets that an entry stands for. Default: itself; a grid of corruptions has many."""
@@ -119,7 +132,8 @@ class Dataset(Component, ABC):
     def declared(self) -> Declared:
         """What records say of it."""
         origin, group = self.origin or self.name, self.group or self.name
-        return Declared(self.name, origin, group, self.severity, len(self.rows()), self.population())
+        counts = len(self.rows()), self.population()
+        return Declared(self.name, origin, group, self.severity, *counts, len(self.covers()), self.class_space)
 
 
 @lru_cache(maxsize=32)

@@ -1,20 +1,44 @@
 """Any dataset under on-the-fly corruptions, one at a time or as a grid."""
 
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 from jaxtyping import Float, Int
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from robustbench_diffaug import rng
-from robustbench_diffaug.component import suggest
-from robustbench_diffaug.data import corruptions
+from robustbench_diffaug.component import Outside, suggest
+from robustbench_diffaug.data import corruptions, frost
 from robustbench_diffaug.data.base import Dataset, Images
+from robustbench_diffaug.files import DataLocation, existing
 
-__all__ = ["Corrupted", "Corruptions"]
+__all__ = ["Constants", "Corrupted", "Corruptions", "keys"]
 
 Constants = Literal["imagenet-c", "cifar-c"]
+
+
+def keys(draw: int, corruption: str, severity: int, ids: Sequence[str]) -> list[int]:
+    """The key of each image's random stream.
+
+    Arguments:
+        draw: Another number gives other streams.
+        corruption: Its name.
+        severity: 1 to 5.
+        ids: Of the images.
+    """
+    return [rng.key("corruption", draw, corruption, severity, id) for id in ids]
+
+
+def _agree(base: Dataset, on_bad_image: str, class_space: str) -> None:
+    """Refuses a base that says otherwise of what is decided for the whole: only the outer entry is looked at."""
+    for key, inner, outer, usual in (
+        ("on_bad_image", base.on_bad_image, on_bad_image, "fail"),
+        ("class_space", base.class_space, class_space, "subset"),
+    ):
+        if inner not in (outer, usual):
+            raise ValueError(f"base says {key}: {inner}, which has no effect there; write it beside base")
 
 
 def _known(name: str) -> str:
@@ -32,6 +56,8 @@ class Corrupted(Dataset):
         severity: 1 to 5.
         constants: The published table of strengths: 'imagenet-c' or 'cifar-c'.
         draw: Another number gives other random streams.
+        textures: The folder of the official textures of frost, frost1.png to frost5.jpg; without it they are drawn.
+            Records depend on it where the corruption is frost.
 
     References:
         Benchmarking Neural Network Robustness to Common Corruptions and Perturbations (Hendrycks and Dietterich,
@@ -44,16 +70,27 @@ class Corrupted(Dataset):
     severity: int = Field(5, ge=1, le=5)
     constants: Constants
     draw: int = 0
+    textures: Annotated[DataLocation | None, Outside] = None
 
     _check_name = field_validator("corruption")(_known)
+
+    @model_validator(mode="after")
+    def _agreed(self) -> "Corrupted":
+        _agree(self.base, self.on_bad_image, self.class_space)
+        return self
+
+    def covers(self) -> tuple[int, ...]:
+        """The base's."""
+        return self.base.covers()
 
     def population(self) -> int:
         """The base's."""
         return self.base.population()
 
     def contents(self) -> str:
-        """The base's."""
-        return self.base.contents()
+        """The base's; with that of the textures, where they are used."""
+        folder = self._textures()
+        return self.base.contents() + (f":{frost.digest(folder)}" if folder else "")
 
     def open(self) -> Images:
         """The base's declared subset, corrupted when it is read."""
@@ -62,10 +99,14 @@ class Corrupted(Dataset):
 
         def read(chosen: Sequence[int]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]:
             images, labels = source.read([rows[row] for row in chosen])
-            keys = [rng.key("corruption", self.draw, self.corruption, self.severity, ids[row]) for row in chosen]
-            return corruptions.corrupt(images, self.corruption, self.severity, self.constants, keys), labels
+            streams = keys(self.draw, self.corruption, self.severity, [ids[row] for row in chosen])
+            strength = (self.corruption, self.severity, self.constants)
+            return corruptions.corrupt(images, *strength, streams, self._textures()), labels
 
         return Images(ids, read)
+
+    def _textures(self) -> Path | None:
+        return existing(self.textures) if self.textures and self.corruption == "frost" else None
 
 
 class Corruptions(Dataset):
@@ -77,6 +118,7 @@ class Corruptions(Dataset):
         severities: 1 to 5.
         constants: The published table of strengths: 'imagenet-c' or 'cifar-c'.
         draw: Another number gives other random streams.
+        textures: The folder of the official textures of frost; without it they are drawn.
     """
 
     kind: Literal["corruptions"] = "corruptions"
@@ -86,11 +128,21 @@ class Corruptions(Dataset):
     severities: tuple[int, ...] = Field((5,), min_length=1)
     constants: Constants
     draw: int = 0
+    textures: Annotated[DataLocation | None, Outside] = None
 
     @field_validator("corruptions")
     @classmethod
     def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(_known, names))
+
+    @model_validator(mode="after")
+    def _agreed(self) -> "Corruptions":
+        _agree(self.base, self.on_bad_image, self.class_space)
+        return self
+
+    def covers(self) -> tuple[int, ...]:
+        """The base's."""
+        return self.base.covers()
 
     def parts(self) -> tuple[Dataset, ...]:
         """One `corrupted` dataset for each corruption and severity."""
@@ -104,16 +156,20 @@ class Corruptions(Dataset):
                 severity=severity,
                 constants=self.constants,
                 draw=self.draw,
+                textures=self.textures,
                 every=self.every,
                 limit=self.limit,
+                on_bad_image=self.on_bad_image,
+                class_space=self.class_space,
             )
             for corruption in self.corruptions
             for severity in self.severities
         )
 
     def contents(self) -> str:
-        """The base's."""
-        return self.base.contents()
+        """The base's; with that of the textures, where they are used."""
+        folder = existing(self.textures) if self.textures and "frost" in self.corruptions else None
+        return self.base.contents() + (f":{frost.digest(folder)}" if folder else "")
 
     def open(self) -> Images:
         """Not itself a dataset; its parts are."""

@@ -22,6 +22,7 @@ __all__ = ["CONSTANTS"]
 #   motion_blur        radius, sigma
 #   zoom_blur          start, stop and step of the zoom factors, as in numpy.arange
 #   snow               mean, standard deviation, zoom, threshold, radius and sigma of motion blur, share of the image
+#   frost              share of the image, weight and scale of the texture
 #   fog                strength, decay of the fractal's wobble from one scale to the next
 #   brightness         what is added to the HSV value
 #   contrast           factor on the distance from the mean
@@ -30,6 +31,8 @@ __all__ = ["CONSTANTS"]
 #   jpeg_compression   quality
 #   speckle_noise      standard deviation, relative to the value
 #   gaussian_blur      sigma
+#   spatter            mean, standard deviation, sigma and threshold of the liquid; strength of water, or sigma of the
+#                      blur of mud; 0 for water and 1 for mud
 #   saturate           factor on the HSV saturation, what is added to it
 IMAGENET_C: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
@@ -47,6 +50,7 @@ IMAGENET_C: Mapping[str, tuple[Any, ...]] = MappingProxyType(
             (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
             (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
         ),
+        "frost": ((1, 0.4, 1), (0.8, 0.6, 1), (0.7, 0.7, 1), (0.65, 0.7, 1), (0.6, 0.75, 1)),
         "fog": ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
         "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),
         "contrast": (0.4, 0.3, 0.2, 0.1, 0.05),
@@ -59,6 +63,13 @@ IMAGENET_C: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "jpeg_compression": (25, 18, 15, 10, 7),
         "speckle_noise": (0.15, 0.2, 0.35, 0.45, 0.6),
         "gaussian_blur": (1, 2, 3, 4, 6),
+        "spatter": (
+            (0.65, 0.3, 4, 0.69, 0.6, 0),
+            (0.65, 0.3, 3, 0.68, 0.6, 0),
+            (0.65, 0.3, 2, 0.68, 0.5, 0),
+            (0.65, 0.3, 1, 0.65, 1.5, 1),
+            (0.67, 0.4, 1, 0.65, 1.5, 1),
+        ),
         "saturate": ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
     }
 )
@@ -79,6 +90,7 @@ CIFAR_C: Mapping[str, tuple[Any, ...]] = MappingProxyType(
             (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
             (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
         ),
+        "frost": ((1, 0.2, 0.2), (1, 0.3, 0.2), (0.9, 0.4, 0.2), (0.85, 0.4, 0.2), (0.75, 0.45, 0.2)),
         "fog": ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
         "brightness": (0.05, 0.1, 0.15, 0.2, 0.3),
         "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),
@@ -93,6 +105,13 @@ CIFAR_C: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "jpeg_compression": (80, 65, 58, 50, 40),
         "speckle_noise": (0.06, 0.1, 0.12, 0.16, 0.2),
         "gaussian_blur": (0.4, 0.6, 0.7, 0.8, 1),
+        "spatter": (
+            (0.62, 0.1, 0.7, 0.7, 0.5, 0),
+            (0.65, 0.1, 0.8, 0.7, 0.5, 0),
+            (0.65, 0.3, 1, 0.69, 0.5, 0),
+            (0.65, 0.1, 0.7, 0.69, 0.6, 1),
+            (0.65, 0.1, 0.5, 0.68, 0.6, 1),
+        ),
         "saturate": ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
     }
 )

@@ -10,8 +10,9 @@ References:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from io import BytesIO
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -40,9 +41,11 @@ from robustbench_diffaug.data.blurs import (
     zoom_blur,
 )
 from robustbench_diffaug.data.corruption_constants import CONSTANTS
+from robustbench_diffaug.data.frost import frost
+from robustbench_diffaug.data.spatter import spatter
 from robustbench_diffaug.rng import key, normal, uniform
 
-__all__ = ["CONSTANTS", "NAMES", "NOISES", "corrupt"]
+__all__ = ["COMMON", "CONSTANTS", "NAMES", "NOISES", "VALIDATION", "corrupt"]
 
 Corruption: TypeAlias = Callable[[Levels, Any, Sequence[int]], Levels]
 
@@ -284,6 +287,7 @@ CORRUPTIONS: Mapping[str, Corruption] = MappingProxyType(
         "motion_blur": motion_blur,
         "zoom_blur": zoom_blur,
         "snow": snow,
+        "frost": frost,
         "fog": fog,
         "brightness": brightness,
         "contrast": contrast,
@@ -292,12 +296,16 @@ CORRUPTIONS: Mapping[str, Corruption] = MappingProxyType(
         "jpeg_compression": jpeg_compression,
         "speckle_noise": pointwise(speckle_table),
         "gaussian_blur": gaussian_blur,
+        "spatter": spatter,
         "saturate": saturate,
     }
 )
 
 NAMES: tuple[str, ...] = tuple(CORRUPTIONS)
-"""The corruptions, in the order of ImageNet-C; the last three are among its validation corruptions."""
+"""All corruptions, in the order of ImageNet-C."""
+
+COMMON, VALIDATION = NAMES[:15], NAMES[15:]
+"""The 15 that benchmarks report, and the 4 that are for choosing among methods beforehand."""
 
 NOISES = ("gaussian_noise", "shot_noise", "impulse_noise")
 
@@ -321,7 +329,12 @@ def check(images: Tensor, name: str, severity: int, constants: str, keys: Sequen
 
 
 def corrupt(
-    images: Float[Tensor, "b c h w"], name: str, severity: int, constants: str, keys: Sequence[int]
+    images: Float[Tensor, "b c h w"],
+    name: str,
+    severity: int,
+    constants: str,
+    keys: Sequence[int],
+    textures: Path | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """Corrupts each image as the published data sets do, in 8 bits, with randomness drawn from its key.
 
@@ -331,13 +344,14 @@ def corrupt(
         severity: 1 to 5.
         constants: "imagenet-c" or "cifar-c", what the severities mean.
         keys: One key of 128 bits per image.
+        textures: The folder of the official textures of frost; None for those drawn by `frost.draw`.
 
     Returns:
         float32 images in [0, 1], multiples of 1/255, on the device of `images`.
 
     Raises:
-        ValueError: For an unknown name or table, a severity outside 1 to 5, images that are not such, or another
-            number of keys than of images.
+        ValueError: For an unknown name or table, a severity outside 1 to 5, images that are not such, another number
+            of keys than of images, or textures that are not there.
 
     References:
         Benchmarking Neural Network Robustness to Common Corruptions and Perturbations (Hendrycks and Dietterich,
@@ -346,11 +360,12 @@ def corrupt(
     check(images, name, severity, constants, keys)
     values = images.detach().cpu().float().numpy()
     strength = CONSTANTS[constants][name][severity - 1]
+    corruption = partial(frost, folder=textures) if name == "frost" else CORRUPTIONS[name]
     output = torch.empty(values.shape, dtype=torch.float32)
     size = max(1, CHUNK // max(1, values[:1].size))
     for start in range(0, len(values), size):
         part = slice(start, start + size)
         levels = np.rint(values[part] * np.float32(255), order="C").astype(np.uint8)
-        corrupted = CORRUPTIONS[name](levels, strength, keys[part])
+        corrupted = corruption(levels, strength, keys[part])
         np.divide(corrupted, np.float32(255), out=output.numpy()[part], dtype=np.float32)
     return output.to(images.device)

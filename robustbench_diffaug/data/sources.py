@@ -1,27 +1,23 @@
 """Images from files of the user's: a folder of images by class, and arrays of numpy."""
 
-import hashlib
 import mmap
 import zipfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from robustbench_diffaug.component import Outside
-from robustbench_diffaug.data.base import Dataset, Images, tensor_of
+from robustbench_diffaug.data.base import Dataset, Images
+from robustbench_diffaug.data.image_files import Geometry, Listing, class_folders, listed, opened
 from robustbench_diffaug.files import DataLocation, existing, sha256
 
 __all__ = ["Arrays", "Folder"]
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 class Folder(Dataset):
@@ -45,80 +41,22 @@ class Folder(Dataset):
 
     def contents(self) -> str:
         """SHA-256 over the name and size of every file; the pixels of each image are digested in its record."""
-        digest = hashlib.sha256()
-        root = existing(self.root)
-        for path, label in self._files():
-            digest.update(f"{path.relative_to(root)}\x1f{path.stat().st_size}\x1f{label}\n".encode())
-        return digest.hexdigest()
+        return self._listing().digest()
 
     def open(self) -> Images:
         """The images, read when they are needed; an id is the path below the root."""
-        files, root = self._files(), existing(self.root)
-        first = self._fitted(self._decoded(files[0][0]).size)
+        return opened(self.name, self._listing(), Geometry(self.mode, self.resize, self.crop), self.threads)
 
-        def decode(row: int) -> Image.Image:
-            path = files[row][0]
-            image = self._decoded(path)
-            if self._fitted(image.size) != first:
-                pair = " and ".join(f"{width}x{height}" for width, height in (first, self._fitted(image.size)))
-                raise ValueError(f"images of {self.name} differ in size, {pair} at {path}; give crop")
-            return image
-
-        def read(rows: Sequence[int]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]:
-            with ThreadPoolExecutor(self.threads) as pool:
-                images = list(pool.map(lambda row: self._fit(decode(row)), rows))
-            return torch.stack(images), torch.tensor([files[row][1] for row in rows])
-
-        ids = [path.relative_to(root).as_posix() for path, _ in files]
-        return Images(ids, read, decode, self._fit, [label for _, label in files])
-
-    def _files(self) -> list[tuple[Path, int]]:
+    def _listing(self) -> Listing:
         root = existing(self.root)
-        if not root.is_dir():
-            raise ValueError(f"{self.root} is not a folder")
-        there = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
-        names = self.folders or tuple(there)
+        names = self.folders or class_folders(root, self.root)
         if len(set(names)) < len(names):
             raise ValueError(f"folders of {self.name} names one twice; name each once, in the order of the classes")
-        found = []
-        for label, name in enumerate(names):
-            folder = root / name
-            if not folder.is_dir() or folder.resolve().parent != root.resolve():
-                raise ValueError(f"{self.root} has no folder of class {name}")
-            found += [(path, label) for path in sorted(folder.iterdir()) if _is_image(path)]
+        found = [(path, label) for label, name in enumerate(names) for path in listed(root, name)]
         if not found:
             raise ValueError(f"{self.root} is empty: it holds no image in a folder of a class")
-        return found
-
-    def _decoded(self, path: Path) -> Image.Image:
-        try:
-            with Image.open(path) as file:
-                deep, image = file.mode[0] in "IF", file.convert(self.mode)
-        except Exception as error:  # whatever a damaged file makes the decoder raise
-            raise ValueError(f"{path} is not a readable image: {error}") from error
-        if deep:
-            raise ValueError(f"{path} has more than 8 bits a channel, which would be cut off; convert it to 8 bits")
-        width, height = self._resized(image.size)
-        if self.crop and min(width, height) < self.crop:
-            raise ValueError(f"{path} is {width}x{height}, too small for a crop of {self.crop}")
-        return image
-
-    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        if not self.resize:
-            return size
-        width, height = (int(self.resize * side / min(size)) for side in size)
-        return width, height
-
-    def _fitted(self, size: tuple[int, int]) -> tuple[int, int]:
-        return (self.crop, self.crop) if self.crop else self._resized(size)
-
-    def _fit(self, image: Image.Image) -> Float[Tensor, "c h w"]:
-        if self.resize:
-            image = image.resize(self._resized(image.size), Image.Resampling.BILINEAR)
-        if self.crop:
-            left, top = (round((side - self.crop) / 2) for side in image.size)
-            image = image.crop((left, top, left + self.crop, top + self.crop))
-        return tensor_of(image)
+        paths = [path for path, _ in found]
+        return Listing(root, paths, [label for _, label in found], paths)
 
 
 class Arrays(Dataset):
@@ -132,9 +70,9 @@ class Arrays(Dataset):
     """
 
     kind: Literal["arrays"] = "arrays"
-    file: DataLocation | None = None
-    images: DataLocation | None = None
-    labels: DataLocation | None = None
+    file: Annotated[DataLocation | None, Outside] = None
+    images: Annotated[DataLocation | None, Outside] = None
+    labels: Annotated[DataLocation | None, Outside] = None
     layout: Literal["nhwc", "nchw"] = "nhwc"
 
     @model_validator(mode="after")
@@ -176,10 +114,6 @@ class Arrays(Dataset):
             return scaled, torch.from_numpy(np.array([int(labels[row]) for row in rows]))
 
         return Images([f"{row:06d}" for row in range(len(images))], read, labels=labels.tolist())
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.name[0] != "."
 
 
 def _scaled(pixels: Tensor) -> Tensor:

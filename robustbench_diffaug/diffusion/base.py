@@ -172,6 +172,10 @@ class Denoiser(Component, ABC):
         """The number of classes that it can be told; needs no weights. Default: it is not class-conditional."""
         return None
 
+    def unconditional(self) -> bool:
+        """Whether `load` gives a denoiser, one that needs no class; needs no weights. Default: it does."""
+        return True
+
     def load_conditional(self, device: torch.device) -> ConditionalDenoise:
         """The network that is told the class. Default: there is none.
 

@@ -1,12 +1,13 @@
 """The family of evaluators: four pure functions; the engine owns every loop."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 from robustbench_diffaug.batch import Batch, Columns, View
 from robustbench_diffaug.checkpoints.model import Model
 from robustbench_diffaug.component import Component
+from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.diffusion.base import Denoiser
 from robustbench_diffaug.records import Metric, Records
 
@@ -19,16 +20,19 @@ class Forwards(NamedTuple):
     Arguments:
         denoiser: Made once, whatever the number of checkpoints.
         classifier: Of each checkpoint.
+        backward: Backward passes through the denoiser, shared as its forwards are.
     """
 
     denoiser: int
     classifier: int
+    backward: int = 0
 
 
 class Evaluator(Component, ABC):
     """What to show to checkpoints, what to keep of their answers, and the figures that follow.
 
-    A subclass has fields, no state, and may replace `views`, `record`, `forwards`, `denoisers` and `check`.
+    A subclass has fields, no state, and may replace `views`, `record`, `forwards`, `denoisers`, `check`, `fits` and
+    `compare`.
     """
 
     family: ClassVar[str] = "robustbench_diffaug.evaluators"
@@ -50,6 +54,15 @@ class Evaluator(Component, ABC):
     def metrics(self, records: Records) -> Iterable[Metric]:
         """Figures with intervals, from all records of one checkpoint on all datasets of a bench."""
 
+    def compare(self, checkpoints: Sequence[str], records: Callable[[str], Records]) -> Iterable[tuple[str, Metric]]:
+        """Figures of a checkpoint that need the records of another, as (id, metric). Default: there are none.
+
+        Arguments:
+            checkpoints: The ids of the bench's.
+            records: Reads those of one checkpoint.
+        """
+        return ()
+
     def forwards(self) -> Forwards:
         """What a sample costs. Default: one forward of each checkpoint."""
         return Forwards(0, 1)
@@ -65,3 +78,11 @@ class Evaluator(Component, ABC):
             ValueError: If the evaluator cannot run so.
         """
         return ()
+
+    def fits(self, datasets: Sequence[Dataset], checkpoints: Sequence[str]) -> None:
+        """Looks at whether a bench's datasets (grids expanded) and checkpoint ids are what it needs. Default: they are.
+
+        Raises:
+            ValueError: If they are not.
+        """
+        return

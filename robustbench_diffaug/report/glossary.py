@@ -43,6 +43,10 @@ CALIBRATION = Source(
     2017,
     "https://arxiv.org/abs/1706.04599",
 )
+PROPER = Source(
+    "Strictly proper scoring rules, prediction, and estimation",
+    "Gneiting and Raftery", 2007, "https://doi.org/10.1198/016214506000001437",
+)  # fmt: skip
 SMOOTHING = Source(
     "Certified adversarial robustness via randomized smoothing",
     "Cohen, Rosenfeld and Kolter", 2019, "https://arxiv.org/abs/1902.02918",
@@ -100,6 +104,19 @@ ENTRIES = (
         COMMON,
     ),
     Entry(
+        "relative-mce/<baseline>",
+        r"(.+/)?relative-mce/.+",
+        "mean over corruptions c of Σₛ (E(c, s) − E(clean)) / Σₛ (E₀(c, s) − E₀(clean)): of the errors that the "
+        "corruptions add.",
+        COMMON,
+    ),
+    Entry(
+        "accuracy/<dataset>/classes=<space>",
+        r"(.+/)?accuracy/.+/classes=(full|subset)",
+        "accuracy of predictions among all classes of the network (full), or among those that the images can be of "
+        "(subset), where the dataset declares the other.",
+    ),
+    Entry(
         "accuracy@t=<t>, entropy@t=<t>",
         r"(.+/)?(accuracy|entropy)@t=.+",
         "of f at D(x + σₜ ε, σₜ): the image diffused to time t and denoised in one step. Entropy is the mean "
@@ -107,10 +124,10 @@ ENTRIES = (
         DIFFAUG,
     ),
     Entry(
-        "de/…",
-        r"de/.+",
+        "de/…, de[step=<n>]/…",
+        r"de(\[step=\d+\])?/.+",
         "DiffAug-Ensemble: the class probabilities averaged over the image and its diffused-and-denoised "
-        "versions; t<= those up to t only.",
+        "versions; t<= those up to t only, [step=n] those of times that are multiples of n.",
         DIFFAUG,
     ),
     Entry(
@@ -132,6 +149,12 @@ ENTRIES = (
         r"(.+/)?ece(/.+)?",
         "expected calibration error: Σₘ (nₘ / n) |accuracyₘ − confidenceₘ| over bins m of the confidence.",
         CALIBRATION,
+    ),
+    Entry(
+        "nll, brier, entropy",
+        r"(.+/)?(nll|brier|entropy)",
+        "means over the samples of −ln p(y), of Σₖ (pₖ − 1[k = y])², and of −Σₖ pₖ ln pₖ.",
+        PROPER,
     ),
     Entry(
         "certified@<radius>",
@@ -169,9 +192,10 @@ ENTRIES = (
         OPENOOD,
     ),
     Entry(
-        "forwards/…",
-        r"(forwards|backwards)/.+",
-        "images that went through a network: what the figures cost, on any machine.",
+        "forwards/…, backwards/…",
+        r"(.+/)?(forwards|backwards)(-per-image)?/.+",
+        "images that went through a network, forwards or for its gradient: what the figures cost, on any machine; "
+        "-per-image: in the mode that stands before it.",
     ),
 )
 

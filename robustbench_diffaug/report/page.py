@@ -93,7 +93,12 @@ def _costs(costs: pd.DataFrame) -> Table | None:
         | {str(key): _figure(value) for key, value in row.items() if key not in ("bench", "checkpoint", "dataset")}
         for row in costs.to_dict("records")
     ]
-    return table_of(entries, "Cost of each cell: seconds of wall time, samples a second, and peak memory in MB", "")
+    return table_of(
+        entries,
+        "Cost of each cell: seconds of wall time (its share of the denoising, its own classifying, for an image), samples a "
+        "second, and peak memory in MB",
+        "",
+    )
 
 
 def _figure(value: object) -> str:

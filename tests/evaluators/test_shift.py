@@ -1,15 +1,25 @@
 """The shift evaluator against an independent loop, and its figures by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from pydantic import ValidationError
 
+from robustbench_diffaug import rng
+from robustbench_diffaug.baselines import BASELINES
 from robustbench_diffaug.batch import Batch, Limits
 from robustbench_diffaug.checkpoints.bayes import Bayes
+from robustbench_diffaug.data.corruptions import COMMON
 from robustbench_diffaug.data.synthetic import Mixture
+from robustbench_diffaug.diffusion.adaptation import Adaptation, low_pass
 from robustbench_diffaug.diffusion.gaussian import MixtureDenoiser
+from robustbench_diffaug.diffusion.samplers import dpm_solver_2
+from robustbench_diffaug.diffusion.unet import UNet
 from robustbench_diffaug.evaluators.shift import Shift
+from robustbench_diffaug.evaluators.shift_metrics import against_checkpoints, against_published
 from robustbench_diffaug.records import Declared, Metric, Records
 
 
@@ -55,7 +65,7 @@ def test_without_time_zero_the_image_is_no_member() -> None:
     rows = observed(evaluator, a_batch())
     assert torch.equal(rows["t_entropy"], rows["de_entropy"])
     assert not torch.equal(rows["entropy"], rows["de_entropy"][:, 0])
-    assert evaluator.forwards() == (1, 2)
+    assert evaluator.forwards() == (1, 2, 0)
 
 
 def figures(hits: dict[str, list[int]], declared: tuple[Declared, ...]) -> dict[str, Metric]:
@@ -68,6 +78,8 @@ def figures(hits: dict[str, list[int]], declared: tuple[Declared, ...]) -> dict[
         "pred": np.array([1 - hit for _, _, hit in names]),
         "confidence": np.full(len(names), 0.9),
         "entropy": np.full(len(names), 0.1),
+        "nll": np.full(len(names), 0.2),
+        "brier": np.full(len(names), 0.3),
     }
     return {figure.name: figure for figure in Shift().metrics(Records(columns, declared))}
 
@@ -107,3 +119,160 @@ def test_settings_are_checked() -> None:
         Shift(times=(50, 0))
     with pytest.raises(ValueError, match="outside the schedule"):
         Shift(modes=("de",), denoiser=MixtureDenoiser(), times=(0, 1000)).check()
+    with pytest.raises(ValidationError, match="mode dda-se needs a denoiser"):
+        Shift(modes=("default", "dda-se"))
+    with pytest.raises(ValidationError, match="one twice"):
+        Shift(modes=("default", "default"))
+    with pytest.raises(ValidationError, match="no one of times is a multiple"):
+        Shift(times=(10, 20), steps=(25,))
+    with pytest.raises(ValueError, match="class-conditional"):
+        Shift(modes=("de",), denoiser=UNet(folder="rdiff:zoo/mnist5k-ddpm"), mixing=0.5).check()
+    (warning,) = Shift(modes=("de",), denoiser=MixtureDenoiser(), mixing=0.5).check()
+    assert "knows the answer" in warning
+    with pytest.raises(ValueError, match="respacing is 2000"):
+        Shift(modes=("dda",), denoiser=MixtureDenoiser(), dda=Adaptation(respacing=2000)).check()
+
+
+def test_adaptation_is_an_independent_loop_on_the_same_noise() -> None:
+    """Ancestral steps by diffusers' scheduler, and the gradient of one image's norm at a time."""
+    settings, denoiser, batch = Adaptation(N=4, respacing=20, variance="small"), MixtureDenoiser(), a_batch()
+    evaluator = Shift(modes=("default", "dda", "dda-se"), denoiser=denoiser, dda=settings)
+    assert evaluator.forwards() == (4, 2, 4)
+    rows = observed(evaluator, batch)
+    model = Bayes(id="b", classes=4, temperature=0.0016).loaded(batch.limits)
+    denoise, times = denoiser.loaded(batch.limits), [round(i * 999 / 19) for i in range(20)]
+    kept = 1 / (1 + 4 * denoiser.sigmas()[times] ** 2)
+    betas = 1 - kept / np.append(1, kept[:-1])
+    scheduler = DDPMScheduler(num_train_timesteps=20, trained_betas=betas, prediction_type="sample", clip_sample=False)
+    scheduler.set_timesteps(20)
+    adapted = []
+    for image, id in zip(batch.images, batch.ids, strict=True):
+        key = rng.key(batch.seed, "shift/dda", batch.dataset, id)
+        noise = [torch.from_numpy(rng.normal(key, range(k, k + 1), tuple(image.shape))) for k in range(5)]
+        reference = 2 * image[None] - 1
+        state = kept[4] ** 0.5 * reference + (1 - kept[4]) ** 0.5 * noise[4]
+        for step in (3, 2, 1, 0):
+            state = state.detach().requires_grad_()
+            seen = (state / kept[step] ** 0.5 + 1) / 2
+            clean = 2 * denoise(seen, float(denoiser.sigmas()[times[step]])).mean - 1
+            distance = torch.linalg.norm(low_pass(reference, 4) - low_pass(clean, 4))
+            (gradient,) = torch.autograd.grad(distance, state)
+            mean = scheduler.step(clean.detach(), step, state.detach(), generator=torch.Generator()).prev_sample
+            mean = mean - _scheduler_noise(scheduler, clean, step)
+            before = kept[step - 1] if step else 1
+            deviation = (betas[step] * (1 - before) / (1 - kept[step])) ** 0.5 if step else 0.0
+            state = (mean + deviation * noise[step] - settings.scale / 2 * gradient).detach()
+        adapted.append(((state + 1) / 2).clamp(0, 1))
+    shown = model.logits(torch.cat(adapted)).double().softmax(dim=1)
+    plain = model.logits(batch.images).double().softmax(dim=1)
+    assert torch.allclose(rows["dda_confidence"], shown.max(1).values, atol=1e-4)
+    assert torch.equal(rows["dda_pred"], shown.argmax(1).int())
+    assert torch.allclose(rows["dda_se_confidence"], ((shown + plain) / 2).max(1).values, atol=1e-4)
+    assert torch.allclose(rows["dda_nll"], -shown.gather(1, batch.labels[:, None])[:, 0].log(), atol=1e-3)
+
+
+def _scheduler_noise(scheduler: DDPMScheduler, clean: torch.Tensor, step: int) -> torch.Tensor:
+    """What diffusers' step adds at random: it is drawn again from a generator of the same state."""
+    if not step:
+        return torch.zeros_like(clean)
+    noise = torch.randn(clean.shape, generator=torch.Generator())  # noqa: TID251  (as diffusers drew it)
+    added: torch.Tensor = scheduler._get_variance(step) ** 0.5 * noise
+    return added
+
+
+def test_a_subset_of_classes_is_reported_beside_all() -> None:
+    """Of four classes the images can be of classes 1 and 3; class 0 has the largest logit of all."""
+    logits = torch.tensor([[9.0, 1.0, 8.0, 2.0], [9.0, 3.0, 8.0, 2.0]]).double()
+    batch = Batch("r", ("a", "b"), torch.zeros(2, 1, 8, 8), torch.tensor([3, 1]), 0, Limits(), (1, 3))
+    rows = Shift().record({"t=0": [{"logits": logits}]}, batch)
+    assert rows["pred"].tolist() == [3, 1]
+    assert rows["other_pred"].tolist() == [0, 0]
+    chance = torch.sigmoid(torch.tensor([1.0, 1.0]).double())
+    assert torch.allclose(rows["confidence"], chance)
+    assert torch.allclose(rows["nll"], -chance.log())
+    assert torch.allclose(rows["brier"], 2 * (1 - chance) ** 2)
+    whole = Shift().record({"t=0": [{"logits": logits}]}, replace(batch, class_space="full"))
+    assert whole["pred"].tolist() == [0, 0]
+    assert whole["other_pred"].tolist() == [3, 1]
+    with pytest.raises(ValueError, match="without a label"):
+        Shift().record({"t=0": [{"logits": logits}]}, replace(batch, labels=torch.tensor([3, -1])))
+
+
+def test_ensembles_of_other_steps() -> None:
+    times = (0, 25, 50, 75, 100)
+    evaluator = Shift(modes=("de",), denoiser=MixtureDenoiser(), times=times, steps=(25, 50, 75))
+    coarse = Shift(modes=("de",), denoiser=MixtureDenoiser(), times=(0, 50, 100))
+    rows, other = observed(evaluator, a_batch()), observed(coarse, a_batch())
+    assert torch.equal(rows["de_step25_pred"], rows["de_pred"])
+    assert torch.equal(rows["de_step50_pred"], other["de_pred"])
+    assert rows["de_step75_pred"].shape == (12, 2)
+
+
+def test_conditional_and_second_order_denoising() -> None:
+    """With mixing the class is the label; the solver's step is `samplers.dpm_solver_2` of the bare denoiser."""
+    batch, denoiser = a_batch(), MixtureDenoiser()
+    second = Shift(modes=("de",), denoiser=denoiser, times=(0, 200), sampler="dpm-solver-2")
+    assert second.forwards() == (2, 2, 0)
+    views = {view.name: view.images[:, 0] for view in second.views(batch)}
+    (noise,) = batch.noise("shift/t=200", range(1))
+    sigma = denoiser.sigma(200)
+    bare = denoiser.model_copy(update={"clip": False}).loaded(batch.limits)
+    noisy = batch.images[:, None] + sigma * noise
+    expected = dpm_solver_2(bare, noisy, sigma, denoiser.level(1e-3))[:, 0].clamp(0, 1)
+    assert torch.equal(views["t=200"], expected)
+    assert Shift(modes=("de",), denoiser=denoiser, times=(200,), mixing=0.3).forwards() == (2, 2, 0)
+
+
+ALL = [(corruption, severity) for corruption in COMMON for severity in range(1, 6)]
+
+
+def of_errors(errors: dict[tuple[str, int], list[int]], clean: list[int]) -> Records:
+    """Records of images by whether they are wrong."""
+    declared = [Declared("c", "c", "clean", 0, len(clean), len(clean))]
+    rows = [("c", "c", str(i), wrong, "clean", 0) for i, wrong in enumerate(clean)]
+    for (group, severity), row in errors.items():
+        name = f"{group}@s{severity}"
+        declared.append(Declared(name, "c", group, severity, len(row), len(clean)))
+        rows += [(name, "c", str(i), wrong, group, severity) for i, wrong in enumerate(row)]
+    columns = dict(
+        zip(("dataset", "origin", "sample", "pred", "group", "severity"), zip(*rows, strict=True), strict=True)
+    )
+    arrays = {name: np.array(column) for name, column in columns.items()}
+    return Records({**arrays, "label": np.zeros(len(rows), dtype=np.int64)}, tuple(declared))
+
+
+def test_alexnets_own_errors_give_an_mce_of_one() -> None:
+    """As many of 1,000 images wrong as published, to a thousandth; and twice as many of one corruption."""
+    alexnet = BASELINES["robustbench-alexnet"]
+    wrong = {name: round(1000 * alexnet.error(name)) for name in COMMON}
+    clean = [int(i < round(1000 * (alexnet.clean or 0))) for i in range(1000)]
+    records = of_errors({(c, s): [int(i < wrong[c]) for i in range(1000)] for c, s in ALL}, clean)
+    found = {m.name: m for m in against_published(records, ("default",), ("robustbench-alexnet",))}
+    assert found["mce/robustbench-alexnet"].value == pytest.approx(1, abs=1e-3)
+    assert found["relative-mce/robustbench-alexnet"].value == pytest.approx(1, abs=2e-3)
+    assert found["mce/robustbench-alexnet"].better == "lower"
+    half = of_errors({(c, s): [int(i < wrong[c] // 2) for i in range(1000)] for c, s in ALL}, clean)
+    (figure, *_) = against_published(half, ("default",), ("robustbench-alexnet",))
+    assert figure.value == pytest.approx(0.5, abs=1e-3)
+    assert figure.low <= figure.value <= figure.high
+
+
+def test_a_checkpoint_as_baseline() -> None:
+    base = of_errors({("fog", 5): [1, 1, 1, 0], ("snow", 5): [1, 0, 0, 0]}, [0, 0, 0, 0])
+    other = of_errors({("fog", 5): [1, 1, 0, 0], ("snow", 5): [1, 1, 0, 0]}, [0, 0, 0, 1])
+    by_id = {"a": base, "b": other}
+    found = {(id, m.name): m for id, m in against_checkpoints(("a", "b"), by_id.__getitem__, ("default",), ("a",))}
+    assert found["a", "mce/a"].value == 1
+    assert found["b", "mce/a"].value == pytest.approx((2 / 3 + 2) / 2)
+    assert found["b", "relative-mce/a"].value == pytest.approx((1 / 3 + 1) / 2)
+    never = of_errors({("fog", 5): [0, 0, 0, 0]}, [0, 0, 0, 0])
+    with pytest.raises(ValueError, match="under fog the baseline makes no error"):
+        list(against_checkpoints(("n", "b"), {"n": never, "b": never}.__getitem__, ("default",), ("n",)))
+
+
+def test_baselines_must_fit_the_bench() -> None:
+    with pytest.raises(ValueError, match="74 are missing: gaussian_noise@s1"):
+        Shift(baselines=("hendrycks-alexnet",)).fits([Mixture(group="gaussian_noise", severity=5)], ["a"])
+    with pytest.raises(ValueError, match="did you mean resnet"):
+        Shift(baselines=("resnat",)).fits([], ["resnet"])
+    Shift(baselines=("resnet",)).fits([], ["resnet"])

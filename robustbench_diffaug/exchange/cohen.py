@@ -1,0 +1,254 @@
+"""Certificates in the form of the code of Cohen et al. and of DDS, from their files and from a run's votes.
+
+Without votes no radius can be recomputed: an import takes radii as they are printed, and says in findings (see
+`cohen_findings`) what cannot be true of them. An export has radii rounded down, and beside them what the form has no
+place for.
+
+References:
+    Certified Adversarial Robustness via Randomized Smoothing (Cohen et al., 2019),
+        https://arxiv.org/abs/1902.02918; code: https://github.com/locuslab/smoothing
+    (Certified!!) Adversarial Robustness for Free! (Carlini et al., 2022), https://arxiv.org/abs/2206.10550; code:
+        https://github.com/ethz-spylab/diffusion_denoised_smoothing
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from decimal import ROUND_FLOOR, Decimal
+from math import isfinite, nan
+from pathlib import Path
+
+import pandas as pd
+
+from robustbench_diffaug import rng, stats, summary
+from robustbench_diffaug.component import suggest
+from robustbench_diffaug.engine import cells
+from robustbench_diffaug.evaluators.certificates import certify
+from robustbench_diffaug.evaluators.smoothing import Smoothing
+from robustbench_diffaug.exchange import folder
+from robustbench_diffaug.exchange.cohen_findings import findings
+from robustbench_diffaug.exchange.cohen_rows import COLUMNS, FARTHEST, Protocol, Rows, read
+from robustbench_diffaug.files import atomic, sha256
+from robustbench_diffaug.records import Metric
+from robustbench_diffaug.report import tables
+from robustbench_diffaug.store import Cell, Store
+from robustbench_diffaug.suite import Bench, Suite, load
+
+__all__ = ["Certified", "Protocol", "export_run", "grid", "import_run", "lines", "metrics"]
+
+STEP = 0.25  # of the radii that papers print
+RADII = 40  # so many at most where none are asked for
+PLACES = Decimal("0.0001")  # of a radius that is written
+NOTICE = "imported: no votes, so radii are the source's and cannot be computed again; intervals are of the images alone"
+LOCK = "suite.lock.yaml"
+PARAMETERS = "parameters.json"
+
+
+@dataclass(frozen=True)
+class Certified:
+    """What came of an import.
+
+    Arguments:
+        folder: What is in the run folder.
+        findings: What cannot be true of the file, or cannot be known from it.
+        summary: How many rows there are, which, and how far their radii go.
+    """
+
+    folder: folder.Imported
+    findings: tuple[str, ...]
+    summary: str
+
+
+def grid(rows: Rows) -> tuple[float, ...]:
+    """The radii at which certified accuracy is given where none are asked for: steps of 1/4 to the largest one."""
+    top, step = float(rows.radius.max()), STEP
+    while top / step > RADII:
+        step *= 2
+    return tuple(index * step for index in range(int(top / step) + 1))
+
+
+def metrics(rows: Rows, protocol: Protocol, radii: Sequence[float], suite: str, checkpoint: str) -> pd.DataFrame:
+    """The figures in long form: certified accuracy, as analyze.py has it, abstention, and the average certified radius.
+
+    Intervals are of the images: Clopper and Pearson's of shares, the bootstrap's of the mean radius. What certificates
+    may be wrong about, with probability alpha each, is not in them. How many images there could be is not known: NaN.
+
+    Arguments:
+        rows: Of a file.
+        protocol: How it was made.
+        radii: At which certified accuracy is given.
+        suite: Its name.
+        checkpoint: Its name.
+    """
+    group, right = f"sigma={protocol.sigma:g}", rows.right
+    reach = max(protocol.ceiling, float(rows.radius.max())) or 1.0
+    share = stats.mean(right * rows.radius / reach, rng.key(0, "bootstrap", "cohen", group), bounded=True)
+    mean = stats.Estimate(share.value * reach, share.low * reach, share.high * reach, share.n)
+    figures = [
+        Metric(f"certified@{_decimals(radius)}", group, *estimate, headline=radius == protocol.sigma)
+        for radius in radii
+        for estimate in (stats.exact_proportion(right & (rows.radius >= radius)),)
+    ]
+    figures.append(Metric("abstain", group, *stats.exact_proportion(rows.predict < 0), better="lower"))
+    figures.append(Metric("acr", group, *mean, unit="pixels", headline=True))
+    named = {"suite": suite, "bench": "certify", "evaluator": "cohen", "checkpoint": checkpoint, "n_available": nan}
+    found = [asdict(figure) | {"metric": figure.name} | named for figure in figures]
+    return pd.DataFrame(found, columns=pd.Index(summary.COLUMNS))
+
+
+def _decimals(value: float) -> str:
+    """A number with at least two decimals, and as many as it needs: 0.50, 0.125."""
+    text = f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return text if len(text.partition(".")[2]) >= 2 or "e" in text else f"{value:.2f}"
+
+
+def import_run(
+    path: Path, root: Path, protocol: Protocol, radii: Sequence[float] = (), checkpoint: str = ""
+) -> Certified:
+    """Writes a run folder of the figures of a file of certificates; the suite has the folder's name.
+
+    Arguments:
+        path: The file.
+        root: The folder: not there, empty, or with an earlier import of a file of that name.
+        protocol: How it was made.
+        radii: At which certified accuracy is given; without any, those of `grid`.
+        checkpoint: The name of what was certified; the file's where it is left out.
+
+    Raises:
+        ValueError: If the file is no such file, the folder holds other things, or a radius or the name is none.
+    """
+    rows, name = read(path), _name(checkpoint or path.name.removesuffix(".tsv"))
+    for radius in radii:
+        if not (isfinite(radius) and 0 <= radius <= FARTHEST):
+            raise ValueError(f"--radius {radius:g}: needed is a number in [0, {FARTHEST}]")
+    folder.claim(root, path)
+    chosen = tuple(sorted(set(radii))) or grid(rows)
+    found = findings(rows, protocol, chosen)
+    figures = metrics(rows, protocol, chosen, root.resolve().name or "cohen", name)
+    about = (
+        f"{len(rows.idx):,} rows, idx {rows.idx.min()} to {rows.idx.max()}; the largest radius is "
+        f"{rows.radius.max():g} = {rows.radius.max() / protocol.sigma:.2f} sigma"
+    )
+    more = {"protocol": protocol.stated, "rows": about, "notices": [NOTICE, *found]}
+    return Certified(folder.write(root, path, "cohen", figures, more), found, about)
+
+
+def _name(name: str) -> str:
+    """A name that is fit for a checkpoint's."""
+    if not name.strip() or len(name) > 120 or not name.isprintable() or name.startswith(tables.FORMULA_STARTS):
+        raise ValueError(
+            f"{name[:80]!r} is no name of a checkpoint (1 to 120 characters, no formula); give --checkpoint"
+        )
+    return name
+
+
+def lines(done: Certified) -> Iterator[str]:
+    """What an import found, as lines of text."""
+    yield done.summary
+    found = done.folder.metrics
+    for name, unit, *estimate in found[["metric", "unit", "value", "low", "high"]].itertuples(index=False):
+        value, low, high = (float(number) * (100 if unit == "fraction" else 1) for number in estimate)
+        yield f"  {name:<16} {value:8.4g}{' %' if unit == 'fraction' else ''}  [{low:.4g}, {high:.4g}]"
+    yield from (f"finding: {sentence}" for sentence in done.findings)
+
+
+def export_run(root: Path, path: Path, bench: str = "", trust: bool = False) -> list[Path]:
+    """Writes the certificates of a run's smoothing bench, a file for each checkpoint and noise level.
+
+    The files are `<checkpoint>/noise_<sigma>.tsv`, or `<checkpoint>/<dataset>/noise_<sigma>.tsv` where the bench has
+    several datasets, with radii rounded down to four decimals; `parameters.json` says how they were made.
+
+    Arguments:
+        root: The run folder; what its suite names must be at hand.
+        path: The folder to write: not there, empty, or with an earlier export of the same files.
+        bench: Of the run; may be left out where only one is of smoothing.
+        trust: Whether the run's suite may name code of the user's.
+
+    Returns:
+        The paths of the tables.
+
+    Raises:
+        ValueError: If the run has no such bench, or a checkpoint lacks some images; nothing is written then.
+    """
+    if not (root / LOCK).is_file():
+        raise ValueError(f"there is no {root / LOCK}; give the folder of a run (an import has no votes)")
+    suite = load(str(root / LOCK), trust=trust).suite
+    chosen, evaluator = _bench(root, suite, bench)
+    several = len(chosen.parts()) > 1
+    contents: dict[Path, bytes] = {}
+    for _, row in cells(suite, chosen):
+        for cell in row:
+            _, _, checkpoint, dataset, _ = cell.folder.parts
+            place = path / checkpoint / dataset if several else path / checkpoint
+            for sigma, table in _tables(Store(root), cell, evaluator):
+                contents[place / f"noise_{_decimals(sigma)}.tsv"] = table
+    about = {
+        "suite": {"name": suite.name, "digest": suite.digest, "seed": suite.seed},
+        "bench": chosen.name,
+        **{name: getattr(evaluator, name) for name in ("sigmas", "n0", "n", "alpha")},
+        "digest": sha256(root / "digests.txt") if (root / "digests.txt").is_file() else "",
+        "files": {file.relative_to(path).as_posix(): _sha256(content) for file, content in contents.items()},
+    }
+    written = {**contents, path / PARAMETERS: json.dumps(about, indent=1, ensure_ascii=False).encode() + b"\n"}
+    _free(path, written)
+    for file, content in written.items():
+        with atomic(file) as opened:
+            opened.write(content)
+    return list(contents)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _free(path: Path, files: Collection[Path]) -> None:
+    """Finds that a folder holds nothing but files that are about to be written."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; give a folder with --output")
+    other = [file for file in path.rglob("*") if not file.is_dir() and file not in files]
+    if other:
+        raise ValueError(f"{path} holds other files, such as {other[0].name}; give another folder with --output")
+
+
+def _bench(root: Path, suite: Suite, name: str) -> tuple[Bench, Smoothing]:
+    """The bench of smoothing that is meant, and its evaluator."""
+    found = {bench.name: (bench, bench.evaluator) for bench in suite.benches if isinstance(bench.evaluator, Smoothing)}
+    if not found:
+        raise ValueError(f"{root} has no bench of smoothing, and nothing else is certified")
+    if name and name not in found:
+        raise ValueError(f"{root} has no bench of smoothing called {name!r}{suggest(name, list(found))}")
+    if not name and len(found) > 1:
+        raise ValueError(f"{root} has several benches of smoothing; name one with --bench: {', '.join(found)}")
+    bench, evaluator = found[name or next(iter(found))]
+    assert isinstance(evaluator, Smoothing)
+    return bench, evaluator
+
+
+def _tables(store: Store, cell: Cell, evaluator: Smoothing) -> Iterator[tuple[float, bytes]]:
+    """The noise levels of a cell, each with its table."""
+    records, costs, skipped = store.read([cell]), store.costs(cell), store.skipped(cell)
+    who, declared = f"{store.root}: {cell.checkpoint.id} on {cell.dataset.name}", cell.dataset.declared().n
+    if not len(records) or len(records) + len(skipped) != declared:
+        raise ValueError(f"{who} has certificates of {len(records)} of {declared} images; run the suite to its end")
+    if (records["label"] < 0).any():
+        raise ValueError(f"{who} has images without a label, and the form has no place for them")
+    seconds = sum(float(part.get("seconds", 0)) for part in costs) / len(records) / len(evaluator.sigmas)
+    time = timedelta(seconds=round(seconds, 6))
+    wanted = set(records["sample"].tolist())
+    positions = {id: row for row, id in enumerate(cell.dataset.opened().ids) if id in wanted}
+    idx = [positions[id] for id in records["sample"].tolist()]
+    for index, sigma in enumerate(evaluator.sigmas):
+        found = certify(records["select"][:, index], records["estimate"][:, index], sigma, evaluator.alpha)
+        rows = zip(idx, records["label"].tolist(), found.prediction.tolist(), found.radius.tolist(), strict=True)
+        body = "".join(
+            f"{row}\t{label}\t{predict}\t{_floor(radius)}\t{int(predict == label)}\t{time}\n"
+            for row, label, predict, radius in rows
+        )
+        yield sigma, ("\t".join(COLUMNS) + "\n" + body).encode()
+
+
+def _floor(radius: float) -> Decimal:
+    """A radius with four decimals that is never above it; a float is a decimal number, so nothing is rounded before."""
+    return Decimal(radius).quantize(PLACES, ROUND_FLOOR)

@@ -55,7 +55,9 @@ def main(run: Path) -> None:
     values = pd.DataFrame({c: [100 * metrics.loc[(n, m), "value"] for n in names] for c, m in columns.items()}, names)
 
     def cell(name: str, column: str) -> str:
-        value, low, high = (f"{100 * metrics.loc[(name, columns[column]), key]:.1f}" for key in ("value", "low", "high"))
+        value, low, high = (
+            f"{100 * metrics.loc[(name, columns[column]), key]:.1f}" for key in ("value", "low", "high")
+        )
         beside = f" ({published.loc[name, column]:.1f})" if name in published.index else ""
         return f"{value} [{low}, {high}]{beside}"
 

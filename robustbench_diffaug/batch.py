@@ -3,16 +3,17 @@
 Images are `[0, 1]`, and `sigma` is the standard deviation of noise in the same units, everywhere.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from robustbench_diffaug import rng
+from robustbench_diffaug import device_noise, rng
+from robustbench_diffaug.prefetch import ahead
 
 __all__ = ["Batch", "Columns", "Limits", "View", "fixed_shape"]
 
@@ -28,11 +29,18 @@ class Limits:
         batch: Samples read together.
         budget: Images that an evaluator may hold at once.
         device: 'cpu', 'cuda' or 'cuda:N'.
+        compile: Whether networks go through torch.compile, which rounds in its own ways, as another device does.
     """
 
     batch: int = 64
     budget: int = 512
     device: str = "cpu"
+    compile: bool = False
+
+    @property
+    def noise(self) -> Literal["host", "device"]:
+        """Where normals are made: on a GPU those of the host to 1e-6, without the way there."""
+        return "device" if self.device.startswith("cuda") else "host"
 
 
 @dataclass(frozen=True)
@@ -65,13 +73,32 @@ class Batch:
         A draw is a function of (seed, stream, dataset, sample id, index) and of nothing else: not of the checkpoint,
         the batch, the chunk, the process or the device.
         """
-        keys = self._keys(stream)
-        step = max(1, self.limits.budget // len(keys))
-        shape = tuple(self.images.shape[1:])
-        for start in range(draws.start, draws.stop, step):
-            chunk = range(start, min(start + step, draws.stop))
-            values = np.stack([rng.normal(key, chunk, shape) for key in keys])
-            yield torch.from_numpy(values).to(self.images.device)
+        yield from self.noises([(stream, draws)])
+
+    def noises(self, streams: Iterable[tuple[str, range]]) -> Iterator[Float[Tensor, "b d c h w"]]:
+        """The draws of several streams one after another, as `noise` gives them.
+
+        The next chunk, which may be of the next stream, is made while this one is used, where there is a thread to
+        spare: at one thread a process the other cores are other processes', and a GPU makes its own.
+        """
+        step = max(1, self.limits.budget // len(self.ids))
+        chunks = [
+            (stream, range(start, min(start + step, draws.stop)))
+            for stream, draws in streams
+            for start in range(draws.start, draws.stop, step)
+        ]
+        made = (self._normal(*chunk) for chunk in chunks)
+        spare = self.limits.noise == "host" and torch.get_num_threads() > 1
+        yield from ahead(made) if spare and len(chunks) > 1 else made
+
+    def _normal(self, stream: str, draws: range) -> Float[Tensor, "b d c h w"]:
+        keys, shape, device = self._keys(stream), tuple(self.images.shape[1:]), self.images.device
+        if self.limits.noise == "device":
+            return device_noise.normal(keys, draws, shape, device)
+        values = np.empty((len(keys), len(draws), *shape), np.float32)
+        for key, part in zip(keys, values, strict=True):
+            rng.normal(key, draws, shape, out=part)
+        return torch.from_numpy(values).to(device)
 
     def uniform(self, stream: str, draw: int = 0) -> Float[Tensor, " b"]:
         """One uniform on (0, 1) of each sample, float64."""

@@ -12,8 +12,6 @@ import click
 if TYPE_CHECKING:
     from robustbench_diffaug.runs import Options
     from robustbench_diffaug.suite import Loaded
-    from robustbench_diffaug.verify.check import Check
-    from robustbench_diffaug.verify.recheck import Part
 
 __all__ = ["main"]
 
@@ -52,6 +50,7 @@ RUN_FLAGS = _flags(
     _flag("--batch-size", "-b", type=click.IntRange(1), default=128, help="Samples read together; changes no result."),
     _flag("--executor", type=click.Choice(["local", "processes"]), help="Default: processes if --workers is above 1."),
     _flag("--workers", type=click.IntRange(1, 256), default=1, help="Processes."),
+    _flag("--compile", is_flag=True, help="Networks go through torch.compile; may change last digits."),
 )
 
 
@@ -170,33 +169,17 @@ def verify(run: Path, recheck: str | None, seed: int | None, quiet: bool, **flag
     """Checks the folder RUN: digests, settings, records, certificates, every figure; 1 if anything is wrong."""
     import secrets
 
-    from robustbench_diffaug import terminal
-    from robustbench_diffaug.verify import check, whole
+    from robustbench_diffaug import verdict
     from robustbench_diffaug.verify.recheck import Again, share_of
 
-    share, device = share_of(recheck) if recheck else 0.0, _device(flags["device"])
-    failed = 0
-
-    def show(found: "Check") -> int:
-        for line in check.lines(found):
-            click.echo(line)
-        return found.state == "FAILED"
-
-    for found in whole.verify(run, flags["trust"], flags["data_dir"]):
-        failed += show(found)
-    if share:
-        # A seed that can be foreseen can be forged around.
-        again = Again(share, secrets.randbelow(10**12) if seed is None else seed, device)
-        with terminal.progress(quiet) as shown:
-
-            def announce(parts: Sequence["Part"]) -> None:
-                seconds = terminal.duration(sum(part.seconds for part in parts))
-                shown.bar.console.print(f"the run took {seconds} for as many samples", highlight=False)
-                shown.announce([part.task for part in parts], [])
-
-            found = whole.verify_again(run, again, flags["trust"], flags["data_dir"], announce, shown.advance)
-        failed += show(found)
-    click.echo(f"{failed} check{'s' if failed > 1 else ''} failed" if failed else "nothing is wrong")
+    again, failed = None, 0
+    if recheck:
+        unforeseen = secrets.randbelow(10**12)  # samples that can be foreseen can be spared by a forger
+        again = Again(share_of(recheck), unforeseen if seed is None else seed, _device(flags["device"]))
+    for line, wrong in verdict.printed(verdict.checks(run, again, flags["trust"], flags["data_dir"], quiet)):
+        failed += wrong
+        click.echo(line)
+    click.echo(f"{failed} check{'s' if failed > 1 else ''} failed" if failed else "nothing that was checked is wrong")
     return 1 if failed else 0
 
 
@@ -293,7 +276,7 @@ def ls(what: str, verbose: bool) -> int:
 @_flag("--n0", type=int, help="cohen: draws of a selection, if not certify.py's 100.")
 @_flag("--alpha", type=float, help="cohen: the probability of a false certificate, if not certify.py's 0.001.")
 @_flag("--radius", "radii", type=float, multiple=True, help="cohen: of certified accuracy. Default: steps of 0.25.")
-@_flag("--checkpoint", default="", help="cohen: the name of what was certified; default: the file's.")
+@_flag("--checkpoint", help="cohen: the name of what was certified; default: the file's.")
 @_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
 def import_(format: str, path: Path, output: Path, baselines: tuple[str, ...], verbose: bool, **flags: Any) -> int:
     """Makes a run folder of PATH, figures of another tool: robustbench, accuracies; cohen, certificates.
@@ -307,7 +290,7 @@ def import_(format: str, path: Path, output: Path, baselines: tuple[str, ...], v
         if flags["sigma"] is None:
             raise ValueError("the file does not say its noise level; give it with --sigma")
         protocol = cohen.Protocol(flags["sigma"], flags["n"], flags["alpha"], flags["n0"])
-        certified = cohen.import_run(path, output, protocol, flags["radii"], flags["checkpoint"])
+        certified = cohen.import_run(path, output, protocol, flags["radii"], flags["checkpoint"] or "")
         shown, done = cohen.lines(certified), certified.folder
     else:
         from robustbench_diffaug.exchange import robustbench
@@ -326,9 +309,10 @@ def import_(format: str, path: Path, output: Path, baselines: tuple[str, ...], v
 @click.argument("run", type=FILE)
 @_flag("--output", "-o", type=FILE, required=True, help="The file to write; of cohen, the folder.")
 @_flag("--bench", default="", help="Which bench, where several would do.")
+@_flag("--set", "settings", multiple=True, metavar="A.B=VALUE", help="cohen: another alpha, as in rdiff report.")
 @_flag("--trust", is_flag=True, help="cohen: lets the run's suite name code of yours, which then runs.")
 @_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
-def export(format: str, run: Path, output: Path, bench: str, trust: bool, verbose: bool) -> int:
+def export(format: str, run: Path, output: Path, bench: str, settings: tuple[str, ...], **flags: Any) -> int:
     """Writes figures of the folder RUN as another tool has them.
 
     robustbench: accuracies under corruptions as CSV; cohen: certificates, a file for each checkpoint and noise level.
@@ -336,9 +320,10 @@ def export(format: str, run: Path, output: Path, bench: str, trust: bool, verbos
     if format == "cohen":
         from robustbench_diffaug.exchange import cohen
 
-        files = cohen.export_run(run, output, bench, trust)
+        files = cohen.export_run(run, output, bench, settings, flags["trust"])
         click.echo(f"wrote   {output}, {len(files)} files of certificates")
         return 0
+    _only(format, {"cohen": {"set": settings}})
     from robustbench_diffaug.exchange import robustbench
 
     models = robustbench.export_run(run, output, bench)
@@ -374,7 +359,8 @@ def _options(loaded: "Loaded", flags: dict[str, Any]) -> "Options":
         raise ValueError("--executor local has one worker; use --executor processes")
     root = flags["output"] or Path("reports", loaded.suite.name)
     workers = flags["workers"] if flags["executor"] != "processes" else max(2, flags["workers"])
-    return Options(root, _device(flags["device"]), flags["batch_size"], workers, flags["trust"])
+    where = _device(flags["device"])
+    return Options(root, where, flags["batch_size"], workers, flags["trust"], flags["compile"])
 
 
 def _device(name: str) -> str:

@@ -137,6 +137,8 @@ def run(task: Task) -> Outcome:
             "shared_by": len(task.cells),
             "skipped": len(work.skipped),
             "device": task.limits.device,
+            "noise": task.limits.noise,
+            "compile": task.limits.compile,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

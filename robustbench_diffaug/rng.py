@@ -20,6 +20,8 @@ from scipy.special import ndtri
 
 __all__ = ["global_states", "key", "normal", "permutation", "seeded", "uniform"]
 
+CACHED = 2**14  # normals made at once: their float64 intermediates stay in a core's cache
+
 
 def key(*parts: object) -> int:
     """A 128-bit key of any values that print, by BLAKE2b of their texts; `key("a", 1)` is always the same number."""
@@ -39,19 +41,41 @@ def uniform(key: int, draws: range, shape: tuple[int, ...]) -> np.ndarray:
         A float64 array of shape (len(draws), *shape).
     """
     size = prod(shape)
+    found = _uniforms(_generator(key, draws, size), len(draws), size)
+    return found.reshape(len(draws), *shape)
+
+
+def normal(key: int, draws: range, shape: tuple[int, ...], out: np.ndarray | None = None) -> np.ndarray:
+    """Standard normals, the inverse CDF of `uniform`; float32, of shape (len(draws), *shape).
+
+    Arguments:
+        key: The stream, 128 bits.
+        draws: Which draws, consecutive.
+        shape: The shape of one draw.
+        out: Where they are written, of that shape; a new array by default.
+    """
+    size = prod(shape)
+    values = np.empty((len(draws), *shape), np.float32) if out is None else out
+    generator, step = _generator(key, draws, size), max(1, CACHED // max(1, size))
+    for start in range(0, len(draws), step):
+        part = values[start : start + step]
+        ndtri(_uniforms(generator, len(part), size).reshape(part.shape), out=part, casting="same_kind")
+    return values
+
+
+def _generator(key: int, draws: range, size: int) -> np.random.Philox:
+    """What gives the words from the first draw on."""
+    return np.random.Philox(key=key, counter=draws.start * -(-size // 4))
+
+
+def _uniforms(generator: np.random.Philox, count: int, size: int) -> np.ndarray:
+    """The uniforms of the next draws, of shape (count, size)."""
     blocks = -(-size // 4)
-    generator = np.random.Philox(key=key, counter=draws.start * blocks)
-    words = generator.random_raw(len(draws) * blocks * 4).reshape(len(draws), blocks * 4)[:, :size]
+    words = generator.random_raw(count * blocks * 4).reshape(count, blocks * 4)[:, :size]
     values = (words >> np.uint64(12)).astype(np.float64)
     values += 0.5
     values *= 2.0**-52
-    return values.reshape(len(draws), *shape)
-
-
-def normal(key: int, draws: range, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normals, the inverse CDF of `uniform`; float32, of shape (len(draws), *shape)."""
-    values: np.ndarray = ndtri(uniform(key, draws, shape))
-    return values.astype(np.float32)
+    return values
 
 
 def permutation(key: int, size: int) -> np.ndarray:

@@ -41,7 +41,7 @@ STALE = 3600  # seconds after which a half-written file is a killed run's: writi
 
 @dataclass(frozen=True)
 class Options:
-    """How a suite is run; nothing of it changes what is recorded, but the device.
+    """How a suite is run; nothing of it changes what is recorded, but the device and `compile`, by rounding.
 
     Arguments:
         root: The run folder.
@@ -49,6 +49,7 @@ class Options:
         batch: Samples read together.
         workers: Processes; 1 runs in this one.
         trust: Whether the suite may name code, for the manifest.
+        compile: Whether networks go through torch.compile.
     """
 
     root: Path
@@ -56,11 +57,12 @@ class Options:
     batch: int = 128
     workers: int = 1
     trust: bool = False
+    compile: bool = False
 
     @property
     def limits(self) -> Limits:
         """For the engine."""
-        return Limits(batch=self.batch, device=self.device)
+        return Limits(batch=self.batch, device=self.device, compile=self.compile)
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ def execute(
             progress(outcome)
     about = {
         "device": options.device,
+        "compile": options.compile,
         "threads": threads(options.workers),
         "workers": options.workers,
         "hardware": hardware(options.device),
@@ -216,8 +219,22 @@ class Results(NamedTuple):
     files: dict[str, bytes]
 
 
-def results(suite: Suite, store: Store, manifest: Mapping[str, Any], failures: Sequence[Mapping[str, str]]) -> Results:
-    """Metrics, leaderboard, costs, manifest and page, from records alone; the same bytes for the same records."""
+def results(
+    suite: Suite,
+    store: Store,
+    manifest: Mapping[str, Any],
+    failures: Sequence[Mapping[str, str]],
+    drawn: bool = True,
+) -> Results:
+    """Metrics, leaderboard, costs, manifest and page, from records alone; the same bytes for the same records.
+
+    Arguments:
+        suite: Whose records they are.
+        store: The records.
+        manifest: Of the run.
+        failures: Those of the run itself: bench, checkpoint, dataset, reason.
+        drawn: Whether the page is made, which takes the longest.
+    """
     (metrics, failed), costs = summary.metrics(suite, store), summary.costs(suite, store)
     board, told = tables.leaderboard(metrics), [dict(failure) for failure in (*failures, *failed)]
     written = {**manifest, "failures": told}
@@ -228,8 +245,9 @@ def results(suite: Suite, store: Store, manifest: Mapping[str, Any], failures: S
         "leaderboard.csv": tables.to_csv(board),
         "costs.csv": tables.to_csv(costs),
         "manifest.json": json.dumps(written, indent=1, ensure_ascii=False).encode() + b"\n",
-        "index.html": page.render(metrics, shown, costs).encode(),
     }
+    if drawn:
+        files["index.html"] = page.render(metrics, shown, costs).encode()
     return Results(metrics, board, told, files)
 
 
@@ -264,7 +282,7 @@ def report(
             digest = _put(root, made.files)
         return Finished(root, digest, made.metrics, made.leaderboard, made.failures)
     _free(root, output)
-    made = results(found.bare, found.archive, _retold(found), failures)
+    made = results(found.bare, found.archive, _retold(found), failures, "html" in formats)
     kept = {"manifest.json", *(name for form in formats for name in FORMATS[form])}
     for name in {name for names in FORMATS.values() for name in names} - kept:
         (output / name).unlink(missing_ok=True)  # of an earlier report with other formats

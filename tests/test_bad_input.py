@@ -61,7 +61,7 @@ CHANGES: dict[str, tuple[str, str, list[str]]] = {
     "wrong type below": ("n: 128,", "n: [1],", ["n"]),
     "duplicate key": ("seed: 0", "seed: 0\nseed: 1", ["'seed' stands twice", "line 3"]),
     "unknown kind": ("kind: smoothing", "kind: smothing", ["no evaluator is called 'smothing'", "mean smoothing?"]),
-    "unknown dataset": ("{kind: mixture, name: mixture, group: clean, size: 16}", "{kind: imagenet}", ["no dataset"]),
+    "unknown dataset": ("{kind: mixture, name: mixture, group: clean, size: 16}", "{kind: imagenot}", ["no dataset"]),
     "no kind": ("{kind: smoothing, ", "{", ["needs a kind"]),
     "unknown corruption": ("[gaussian_noise, contrast]", "[gaussian_nose]", ["did you mean gaussian_noise?"]),
     "severity": ("severities: [5]", "severities: [6]", ["severit", "6"]),

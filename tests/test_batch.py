@@ -1,12 +1,16 @@
 """Noise belongs to a sample, not to the batch it comes in; networks are called in one shape."""
 
+from collections.abc import Iterable, Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from robustbench_diffaug import batch as batches
 from robustbench_diffaug import rng
 from robustbench_diffaug.batch import Batch, Limits, fixed_shape
+from robustbench_diffaug.prefetch import ahead
 
 IDS = ("a", "b", "c", "d", "e")
 SHAPE = (2, 3, 3)
@@ -37,6 +41,36 @@ def test_chunks_stay_within_the_budget(count: int, budget: int) -> None:
     assert sum(chunk.shape[1] for chunk in chunks) == 11
     assert all(chunk.shape[0] * chunk.shape[1] <= max(budget, count) for chunk in chunks)
     assert all(chunk.shape[2:] == SHAPE and chunk.dtype == torch.float32 for chunk in chunks)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 512])
+def test_threads_change_no_noise(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = list(batch(IDS, budget).noise("s", range(11)))
+    used: list[int] = []
+
+    def counted(items: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        used.append(1)
+        return ahead(items)
+
+    monkeypatch.setattr(batches, "ahead", counted)
+    assert len(list(batch(IDS, budget).noise("s", range(11)))) == len(alone)
+    assert not used  # at one thread there is none to spare
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    found = list(batch(IDS, budget).noise("s", range(11)))
+    assert len(used) == (len(alone) > 1)
+    assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("xyz"), st.integers(0, 5), st.integers(0, 9)), max_size=4), st.integers(1, 40)
+)
+def test_streams_follow_each_other(streams: list[tuple[str, int, int]], budget: int) -> None:
+    found = batch(IDS, budget)
+    asked = [(name, range(start, start + count)) for name, start, count in streams]
+    joined, apart = list(found.noises(asked)), [chunk for one in asked for chunk in found.noise(*one)]
+    assert len(joined) == len(apart)
+    assert all(torch.equal(one, other) for one, other in zip(joined, apart, strict=True))
 
 
 def test_seeds_streams_datasets_and_samples_have_draws_of_their_own() -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtri
 from scipy.stats import kstest
@@ -38,6 +38,24 @@ def test_normals_are_the_inverse_distribution_of_the_uniforms() -> None:
     key = rng.key("normals")
     uniforms = rng.uniform(key, range(3, 7), (2, 5))
     assert np.array_equal(rng.normal(key, range(3, 7), (2, 5)), ndtri(uniforms).astype(np.float32))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**128 - 1), st.integers(0, 9), st.sampled_from([(1, 64, 64), (9000,), (3, 5, 7)]))
+def test_normals_made_in_pieces_are_those_made_at_once(key: int, start: int, shape: tuple[int, ...]) -> None:
+    draws = range(start, start + 2 * rng.CACHED // int(np.prod(shape)) + 1)  # of any shape more than one piece
+    whole = ndtri(rng.uniform(key, draws, shape)).astype(np.float32)
+    assert rng.normal(key, draws, shape).tobytes() == whole.tobytes()
+    strided = np.zeros((*whole.shape, 2), np.float32)
+    assert np.shares_memory(rng.normal(key, draws, shape, out=strided[..., 1]), strided)
+    assert np.array_equal(strided[..., 1], whole)
+    assert not strided[..., 0].any()
+
+
+def test_normals_are_fixed_for_ever() -> None:
+    # As drawn when the stream was defined, by one call of scipy's ndtri and one rounding.
+    golden = ["-0x1.8add5ep-3", "0x1.4c2cd4p+0", "-0x1.71003cp-1", "0x1.73dc1ep-6", "-0x1.e4140ep-3", "0x1.12e126p-5"]
+    assert rng.normal(rng.key("fixed"), range(2), (3,)).ravel().tolist() == [*map(float.fromhex, golden)]
 
 
 @given(st.integers(0, 50), st.integers(1, 20), st.integers(1, 13))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from robustbench_diffaug import cli, runs
+from robustbench_diffaug import cli, recorded, runs
 from robustbench_diffaug.document import dump
 from robustbench_diffaug.suite import load
 
@@ -171,6 +171,6 @@ def test_a_lock_keeps_names_that_look_like_something_else(name: str, tmp_path: P
     data = {"name": name, "checkpoints": [CHECKPOINTS[0] | {"id": name}], "benches": [SHIFT | {"name": name}]}
     (tmp_path / "suite.yaml").write_bytes(dump(data))
     loaded = load(str(tmp_path / "suite.yaml"))
-    (tmp_path / runs.LOCK).write_bytes(runs.lock(loaded.suite))
-    assert load(str(tmp_path / runs.LOCK)).suite == loaded.suite
+    (tmp_path / recorded.LOCK).write_bytes(runs.lock(loaded.suite))
+    assert load(str(tmp_path / recorded.LOCK)).suite == loaded.suite
     runs.own(tmp_path, loaded.suite)  # it is found to be its folder

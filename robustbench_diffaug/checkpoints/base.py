@@ -159,8 +159,8 @@ class Checkpoint(Component, ABC):
 
     @final
     def loaded(self, limits: Limits) -> Model:
-        """The network behind its preprocessing, loaded once per process and device."""
-        return _loaded(self, fingerprint(self), limits.device)
+        """The network behind its preprocessing, loaded once per process and device, and compiled if that is asked."""
+        return _loaded(self, fingerprint(self), limits.device, limits.compile)
 
 
 MEAN = re.compile("_?(image_|pixel_|input_)?(means?|mu)_?")
@@ -200,11 +200,14 @@ def _loaded(
     checkpoint: Checkpoint,
     identity: str,  # so that changed files are loaded anew
     device: str,
+    compiled: bool,
 ) -> Model:
     with rng.seeded(rng.key("load", identity)):  # a network may be built with random weights before it has its own
         network = checkpoint.load().eval().requires_grad_(False)
     dtype: torch.dtype = getattr(torch, checkpoint.precision)
     network.to(device=device, dtype=dtype)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks the keyword
+    if compiled:
+        network.compile(dynamic=False)  # it is called in one shape
     shape = (checkpoint.classes, checkpoint.microbatch, dtype)
     return Model(checkpoint.id, network, checkpoint.preprocess, *shape, checkpoint.wants)

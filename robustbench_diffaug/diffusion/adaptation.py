@@ -134,7 +134,7 @@ def adapt(
         height, width = images.shape[-2:]
         raise ValueError(f"DDA with D: {settings.D} takes images whose sides are multiples of it, not {width}x{height}")
     reference = 2 * images - 1
-    alpha = chain.alpha[settings.N]
+    alpha = float(chain.alpha[settings.N])
     state = alpha * reference + sqrt(1 - alpha**2) * noise(settings.N)
     for step in reversed(range(settings.N)):
         drawn = noise(step) if step else torch.zeros_like(state)

@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from functools import lru_cache
+from types import FunctionType
 from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol, final, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustbench_diffaug.batch import Limits
 from robustbench_diffaug.component import Component, Value, fingerprint
@@ -241,13 +242,13 @@ class Denoiser(Component, ABC):
 
     @final
     def loaded(self, limits: Limits) -> Denoise:
-        """What `load` gives, loaded once per process and device."""
-        return _loaded(self, fingerprint(self), limits.device)
+        """What `load` gives, loaded once per process and device, its networks compiled if that is asked."""
+        return _loaded(self, fingerprint(self), limits.device, limits.compile)
 
     @final
     def loaded_conditional(self, limits: Limits) -> ConditionalDenoise:
-        """What `load_conditional` gives, loaded once per process and device."""
-        return _loaded_conditional(self, fingerprint(self), limits.device)
+        """What `load_conditional` gives, loaded once per process and device, its networks compiled if that is asked."""
+        return _loaded_conditional(self, fingerprint(self), limits.device, limits.compile)
 
     @final
     def loaded_mixed(self, limits: Limits, mixing: float) -> ConditionalDenoise:
@@ -272,10 +273,36 @@ def _loaded(
     denoiser: Denoiser,
     identity: str,  # so that changed files are loaded anew
     device: str,
+    compiled: bool,
 ) -> Denoise:
-    return denoiser.load(torch.device(device))
+    denoise = denoiser.load(torch.device(device))
+    if compiled:
+        _compile(denoise)
+    return denoise
 
 
 @lru_cache(maxsize=8)
-def _loaded_conditional(denoiser: Denoiser, identity: str, device: str) -> ConditionalDenoise:
-    return denoiser.load_conditional(torch.device(device))
+def _loaded_conditional(denoiser: Denoiser, identity: str, device: str, compiled: bool) -> ConditionalDenoise:
+    denoise = denoiser.load_conditional(torch.device(device))
+    if compiled:
+        _compile(denoise)
+    return denoise
+
+
+def _compile(denoise: object) -> None:
+    """Compiles the networks that a loaded denoiser holds, in the closures of its functions or as its attributes.
+
+    The function as a whole cannot be: it is called with any number of images, its network in one shape.
+    """
+    seen, waiting = set(), [denoise]
+    while waiting:
+        held = waiting.pop()
+        if id(held) in seen:
+            continue
+        seen.add(id(held))
+        if isinstance(held, nn.Module):
+            held.compile(dynamic=False)
+        elif isinstance(held, FunctionType):
+            waiting += [cell.cell_contents for cell in held.__closure__ or ()]
+        elif held is denoise:
+            waiting += vars(held).values()

@@ -24,6 +24,7 @@ import pandas as pd
 
 from robustbench_diffaug import rng, stats, summary
 from robustbench_diffaug.component import suggest
+from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.engine import cells
 from robustbench_diffaug.evaluators.certificates import certify
 from robustbench_diffaug.evaluators.smoothing import Smoothing
@@ -31,10 +32,11 @@ from robustbench_diffaug.exchange import folder
 from robustbench_diffaug.exchange.cohen_findings import findings
 from robustbench_diffaug.exchange.cohen_rows import COLUMNS, FARTHEST, Protocol, Rows, read
 from robustbench_diffaug.files import atomic, sha256
+from robustbench_diffaug.recorded import Archive, open_run
 from robustbench_diffaug.records import Metric
 from robustbench_diffaug.report import tables
-from robustbench_diffaug.store import Cell, Store
-from robustbench_diffaug.suite import Bench, Suite, load
+from robustbench_diffaug.store import Cell
+from robustbench_diffaug.suite import Bench, Suite
 
 __all__ = ["Certified", "Protocol", "export_run", "grid", "import_run", "lines", "metrics"]
 
@@ -42,7 +44,6 @@ STEP = 0.25  # of the radii that papers print
 RADII = 40  # so many at most where none are asked for
 PLACES = Decimal("0.0001")  # of a radius that is written
 NOTICE = "imported: no votes, so radii are the source's and cannot be computed again; intervals are of the images alone"
-LOCK = "suite.lock.yaml"
 PARAMETERS = "parameters.json"
 
 
@@ -154,16 +155,20 @@ def lines(done: Certified) -> Iterator[str]:
     yield from (f"finding: {sentence}" for sentence in done.findings)
 
 
-def export_run(root: Path, path: Path, bench: str = "", trust: bool = False) -> list[Path]:
+def export_run(
+    root: Path, path: Path, bench: str = "", settings: Sequence[str] = (), trust: bool = False
+) -> list[Path]:
     """Writes the certificates of a run's smoothing bench, a file for each checkpoint and noise level.
 
     The files are `<checkpoint>/noise_<sigma>.tsv`, or `<checkpoint>/<dataset>/noise_<sigma>.tsv` where the bench has
-    several datasets, with radii rounded down to four decimals; `parameters.json` says how they were made.
+    several datasets, with radii rounded down to four decimals; `parameters.json` says how they were made. No network is
+    called, and weights and images are not read.
 
     Arguments:
-        root: The run folder; what its suite names must be at hand.
+        root: The run folder.
         path: The folder to write: not there, empty, or with an earlier export of the same files.
         bench: Of the run; may be left out where only one is of smoothing.
+        settings: 'a.b=value', each of a field that records do not depend on, such as alpha.
         trust: Whether the run's suite may name code of the user's.
 
     Returns:
@@ -172,23 +177,22 @@ def export_run(root: Path, path: Path, bench: str = "", trust: bool = False) -> 
     Raises:
         ValueError: If the run has no such bench, or a checkpoint lacks some images; nothing is written then.
     """
-    if not (root / LOCK).is_file():
-        raise ValueError(f"there is no {root / LOCK}; give the folder of a run (an import has no votes)")
-    suite = load(str(root / LOCK), trust=trust).suite
-    chosen, evaluator = _bench(root, suite, bench)
+    found = open_run(root, trust=trust, settings=settings)
+    chosen, evaluator = _bench(root, found.suite, bench)
+    (bare,) = (other for other in found.bare.benches if other.name == chosen.name)
     several = len(chosen.parts()) > 1
     contents: dict[Path, bytes] = {}
-    for _, row in cells(suite, chosen):
+    for dataset, (_, row) in zip(chosen.parts(), cells(found.bare, bare), strict=True):
         for cell in row:
-            _, _, checkpoint, dataset, _ = cell.folder.parts
-            place = path / checkpoint / dataset if several else path / checkpoint
-            for sigma, table in _tables(Store(root), cell, evaluator):
-                contents[place / f"noise_{_decimals(sigma)}.tsv"] = table
+            for place, sigma, table in _tables(found.archive, cell, evaluator, dataset):
+                contents[path / (place if several else place.parent) / f"noise_{_decimals(sigma)}.tsv"] = table
+    listing = root / "digests.txt"
     about = {
-        "suite": {"name": suite.name, "digest": suite.digest, "seed": suite.seed},
+        "suite": found.manifest.get("suite"),
         "bench": chosen.name,
         **{name: getattr(evaluator, name) for name in ("sigmas", "n0", "n", "alpha")},
-        "digest": sha256(root / "digests.txt") if (root / "digests.txt").is_file() else "",
+        "settings": list(found.given),
+        "digest": sha256(listing) if listing.is_file() else "",
         "files": {file.relative_to(path).as_posix(): _sha256(content) for file, content in contents.items()},
     }
     written = {**contents, path / PARAMETERS: json.dumps(about, indent=1, ensure_ascii=False).encode() + b"\n"}
@@ -226,27 +230,33 @@ def _bench(root: Path, suite: Suite, name: str) -> tuple[Bench, Smoothing]:
     return bench, evaluator
 
 
-def _tables(store: Store, cell: Cell, evaluator: Smoothing) -> Iterator[tuple[float, bytes]]:
-    """The noise levels of a cell, each with its table."""
-    records, costs, skipped = store.read([cell]), store.costs(cell), store.skipped(cell)
-    who, declared = f"{store.root}: {cell.checkpoint.id} on {cell.dataset.name}", cell.dataset.declared().n
-    if not len(records) or len(records) + len(skipped) != declared:
+def _tables(
+    archive: Archive, cell: Cell, evaluator: Smoothing, dataset: Dataset
+) -> Iterator[tuple[Path, float, bytes]]:
+    """Of each noise level of a cell: the folder of checkpoint and dataset, fit for any file system, level and table."""
+    records, files = archive.read([cell]), archive.files(cell)
+    left_out, declared = len(archive.skipped(cell)), cell.dataset.declared().n
+    who = f"{archive.root}: {cell.checkpoint.id} on {dataset.name}"
+    if not len(records) or len(records) + left_out != declared:
         raise ValueError(f"{who} has certificates of {len(records)} of {declared} images; run the suite to its end")
     if (records["label"] < 0).any():
         raise ValueError(f"{who} has images without a label, and the form has no place for them")
-    seconds = sum(float(part.get("seconds", 0)) for part in costs) / len(records) / len(evaluator.sigmas)
-    time = timedelta(seconds=round(seconds, 6))
-    wanted = set(records["sample"].tolist())
-    positions = {id: row for row, id in enumerate(cell.dataset.opened().ids) if id in wanted}
-    idx = [positions[id] for id in records["sample"].tolist()]
+    if left_out:  # which positions these have is known from the images alone
+        positions = {id: position for position, id in enumerate(dataset.opened().ids)}
+        idx = [positions[id] for id in records["sample"].tolist()]
+    else:
+        idx = [row * dataset.every for first, last, _ in files for row in range(first, last + 1)]
+    seconds = sum(float(part.get("seconds", 0)) for part in archive.costs(cell))
+    time = timedelta(seconds=round(seconds / len(records) / len(evaluator.sigmas), 6))
+    place = Path(*files[0][2].parts[-4:-2])
     for index, sigma in enumerate(evaluator.sigmas):
         found = certify(records["select"][:, index], records["estimate"][:, index], sigma, evaluator.alpha)
         rows = zip(idx, records["label"].tolist(), found.prediction.tolist(), found.radius.tolist(), strict=True)
         body = "".join(
-            f"{row}\t{label}\t{predict}\t{_floor(radius)}\t{int(predict == label)}\t{time}\n"
-            for row, label, predict, radius in rows
+            f"{position}\t{label}\t{predict}\t{_floor(radius)}\t{int(predict == label)}\t{time}\n"
+            for position, label, predict, radius in rows
         )
-        yield sigma, ("\t".join(COLUMNS) + "\n" + body).encode()
+        yield place, sigma, ("\t".join(COLUMNS) + "\n" + body).encode()
 
 
 def _floor(radius: float) -> Decimal:

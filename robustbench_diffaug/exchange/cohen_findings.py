@@ -53,7 +53,8 @@ def unattained(rows: Rows, protocol: Protocol) -> Bool[np.ndarray, " n"]:
     Certificates alone are looked at; a radius of 0 is one of none.
     """
     some = (rows.predict >= 0) & (rows.radius > 0)
-    below, above = rows.below[some] * (1 - TINY), rows.above[some] * (1 + TINY)
+    printed, which = np.unique(np.stack([rows.below[some], rows.above[some]], axis=1), axis=0, return_inverse=True)
+    below, above = printed[:, 0] * (1 - TINY), printed[:, 1] * (1 + TINY)
     # The fewest votes whose bound is p are those with P(Binomial(n, p) >= k) <= alpha; one more or less for rounding.
     fewest = binom.isf(protocol.risk, protocol.draws, ndtr(below / protocol.sigma)) + 1
     reached = np.zeros(len(below), dtype=bool)
@@ -62,7 +63,7 @@ def unattained(rows: Rows, protocol: Protocol) -> Bool[np.ndarray, " n"]:
         radius = radius_of(stats.binomial_lower(votes, protocol.draws, protocol.risk), protocol.sigma)
         reached |= (radius >= below) & (radius <= above)
     found = np.zeros(len(some), dtype=bool)
-    found[some] = ~reached
+    found[some] = ~reached[which.reshape(-1)]
     return found
 
 
@@ -144,9 +145,9 @@ def _no_votes(rows: Rows, protocol: Protocol) -> Iterator[str]:
 
 
 def _past(rows: Rows, protocol: Protocol) -> Iterator[str]:
-    """Radii that rounding has put above the ceiling."""
-    past = (rows.radius > protocol.ceiling * (1 + TINY)) & (rows.below <= protocol.ceiling)
-    if past.any():
+    """Radii that rounding has put above the ceiling, where no other radius says that this is not the ceiling."""
+    past = rows.radius > protocol.ceiling * (1 + TINY)
+    if past.any() and not (rows.below > protocol.ceiling).any():
         yield (
             f"{_said(protocol)}{_are(int(past.sum()), 'radius', 'radii')} larger than what was proved, since "
             f"{protocol.ceiling:.4f}, the largest there is, was rounded up, {_first(rows, past)}"
@@ -197,7 +198,8 @@ def _indices(rows: Rows) -> Iterator[str]:
     values, counts = np.unique(rows.idx, return_counts=True)
     if len(values) < len(rows.idx):
         twice = np.isin(rows.idx, values[counts > 1])
-        yield f"{_are(int((counts > 1).sum()), 'image', 'images')} there more than once, counted so, {_first(rows, twice)}"
+        many = _are(int((counts > 1).sum()), "image", "images")
+        yield f"{many} there more than once, counted so, {_first(rows, twice)}"
     if (np.diff(rows.idx) < 0).any():
         yield "the rows are not in the order of idx"
     steps, kinds = np.diff(values), np.unique(np.diff(values), return_counts=True)

@@ -59,6 +59,10 @@ OPENOOD = Source(
     "OpenOOD v1.5: enhanced benchmark for out-of-distribution detection",
     "Zhang et al.", 2023, "https://arxiv.org/abs/2306.09301",
 )  # fmt: skip
+BAND = Source(
+    "The tight constant in the Dvoretzky-Kiefer-Wolfowitz inequality",
+    "Massart", 1990, "https://doi.org/10.1214/aop/1176990746",
+)  # fmt: skip
 PAIRED = Source(
     "Adding error bars to evals: a statistical approach to language model evaluations",
     "Miller", 2024, "https://arxiv.org/abs/2411.00640",
@@ -86,7 +90,7 @@ ALWAYS = (
 ENTRIES = (
     Entry(
         "accuracy/<dataset>",
-        r"(.+/)?accuracy(/[^@]+)?",
+        r"(?!(predict|smoothed)/)(.+/)?accuracy(/[^@]+)?",
         "mean of 1[argmax f(x) = y] over the samples (x, y). clean: the images as they are.",
     ),
     Entry(
@@ -163,6 +167,52 @@ ENTRIES = (
         "certified constant within the l2 radius: σ Φ⁻¹(p) ≥ radius, with p the lower Clopper-Pearson limit "
         "of the top class at confidence 1 − α. Radii in units of pixels in [0, 1]. Each certificate fails "
         "with probability at most α.",
+        SMOOTHING,
+    ),
+    Entry(
+        "certified-band@<radius>",
+        r"certified-band@.+",
+        "certified accuracy with an interval that holds at all radii together: ± √(ln(2 / δ) / 2n), δ = 5 %.",
+        BAND,
+    ),
+    Entry(
+        "certified-lower@<radius>",
+        r"certified-lower@.+",
+        "what the certified accuracy of these very images is at least, at all radii together, with probability 1 − ρ "
+        "over the noise: the share less q / n, with q the 1 − ρ quantile of Binomial(n, α), which the number of "
+        "wrong certificates does not exceed. Of other images it says nothing.",
+        SMOOTHING,
+    ),
+    Entry(
+        "certified-envelope@<radius>, sigma-envelope@<radius>",
+        r"(certified|sigma)-envelope@.+",
+        "the highest certified accuracy over noise levels, as papers print it, and the level σ that has it. The level "
+        "is chosen on the same images, so the figure is too high by chance; its interval holds for all levels at once.",
+    ),
+    Entry(
+        "certified-selected@<radius>, sigma-selected@<radius>",
+        r"(certified|sigma)-selected@.+",
+        "certified accuracy, on one random half of the images, at the noise level σ that is best at this radius on the "
+        "other half.",
+    ),
+    Entry(
+        "certified-any@<radius>",
+        r"certified-any@.+",
+        "share of samples that at least one of S noise levels certifies at the radius, each at α / S, so that the "
+        "certificates of a sample are all true but for a probability of α. The levels are different classifiers.",
+    ),
+    Entry(
+        "smoothed/accuracy",
+        r"smoothed/accuracy",
+        "share of samples whose certified class is right, whatever the radius; where it abstains it is wrong.",
+        SMOOTHING,
+    ),
+    Entry(
+        "predict/accuracy, predict/abstain",
+        r"predict/(accuracy|abstain)",
+        "of the prediction that may abstain: the class with most of the n votes, unless a two-sided binomial test of "
+        "the two top counts has a p-value above α. A class that is not the most probable one is returned with "
+        "probability at most α.",
         SMOOTHING,
     ),
     Entry(

@@ -95,8 +95,8 @@ def _costs(costs: pd.DataFrame) -> Table | None:
     ]
     return table_of(
         entries,
-        "Cost of each cell: seconds of wall time (its share of the denoising, its own classifying, for an image), samples a "
-        "second, and peak memory in MB",
+        "Cost of each cell: seconds of wall time (its share of denoising, its own classifying, for an image), samples "
+        "a second, and peak memory in MB",
         "",
     )
 

@@ -23,6 +23,15 @@ TITLES = {
     "de/accuracy@t<=": "Accuracy of the DiffAug-Ensemble of times up to t",
     "entropy@t=": "Entropy on images diffused to t and denoised",
     "certified@": "Certified accuracy",
+    "certified-band@": "Certified accuracy, with a band for the whole curve",
+    "certified-envelope@": "Certified accuracy at the best noise level of each radius",
+    "certified-selected@": "Certified accuracy, the noise level chosen on other images",
+    "certified-any@": "Certified accuracy at any of the noise levels, each at its share of alpha",
+}
+TABLES = {
+    "certificates": r"certified@.+|abstain|acr|smoothed/accuracy|predict/.+",
+    "lower bounds of certified accuracies": r"certified-lower@.+",
+    "certificates over the noise levels": r"(certified|sigma)-(envelope|selected|any)@.+",
 }
 UNITS = {"fraction": "%", "pixels": "l2 radius"}
 
@@ -192,7 +201,7 @@ def _panel(rows: pd.DataFrame, family: str, detail: str, prefix: str, styles: di
     tops = [float(part[np.isfinite(part)].max(initial=0.0)) for line in lines for part in (line.y, line.high)]
     lows = [float(part[np.isfinite(part)].min(initial=0.0)) for line in lines for part in (line.y, line.low)]
     top = None if min(lows) < 0 else 100.0 if percent and max(tops) <= 1 else 1.05 * scale * max(tops) or None
-    axis = figures.Axis(variable or "l2 radius", scale, top, step=family.endswith("certified@"))
+    axis = figures.Axis(variable or "l2 radius", scale, top, step=family.startswith("certified"))
     what = f"{title}, {unit_name(unit)}, against {axis.across}: {detail}"
     ordered = rows.assign(mode="", number=rows["at"].astype(float)).sort_values("number", kind="stable")
     numbers = _grid(ordered, what, "at")
@@ -205,13 +214,16 @@ def _panel(rows: pd.DataFrame, family: str, detail: str, prefix: str, styles: di
 def curves(metrics: pd.DataFrame, used: set[Hashable], styles: dict[str, int]) -> list[Group]:
     """Charts of all metrics named after a number, `<name>@<variable>=<number>` or `<name>@<number>`, by variable."""
     found = tables.matching(metrics, CURVE)
+    banded = set(found.loc[found["family"] == "certified-band@", ["bench", "group"]].itertuples(index=False, name=None))
     keys = ["variable", "family", "bench", "group"]
     benches = found.groupby("variable")["bench"].nunique()
     made: dict[str, list[Panel]] = {}
     for number, (key, rows) in enumerate(found.groupby(keys, sort=False)):
         variable, family, bench, group = (str(part) for part in key)
-        if rows["at"].nunique() < 2:
+        if rows["at"].nunique() < 2 or family == "certified-lower@" or family.startswith("sigma-"):
             continue
+        if family == "certified@" and (bench, group) in banded:
+            continue  # the same curve, whose figures stand in the table of certificates
         used |= set(rows.index)
         detail = f"{bench}, {group}" if benches[variable] > 1 else group
         made.setdefault(variable, []).append(_panel(rows, family, detail, f"chart-{number}", styles))
@@ -221,21 +233,23 @@ def curves(metrics: pd.DataFrame, used: set[Hashable], styles: dict[str, int]) -
 def smoothing(metrics: pd.DataFrame, used: set[Hashable]) -> list[Table]:
     """Tables of certificates: for each noise level the radius on average, abstentions, and certified accuracies."""
     made = []
-    for front, rows in _benches(tables.matching(metrics, r"certified@.+|abstain|acr")):
-        used |= set(rows.index)
-        # Noise levels are groups. Rows of one level stand together: checkpoints are compared within it.
-        cells = _cells(rows, "group", "checkpoint", "metric")
-        pairs = [(g, c) for g in rows["group"].unique() for c in metrics["checkpoint"].unique()]
-        names = sorted(rows["metric"].unique(), key=_certificate_order)
-        held = {key[:2] for key in cells}
-        lines = [Row(str(c), str(g), [cells.get((g, c, name)) for name in names]) for g, c in pairs if (g, c) in held]
-        made.append(Table(f"{front}certificates", "checkpoint", [str(name) for name in names], lines))
+    for caption, pattern in TABLES.items():
+        for front, rows in _benches(tables.matching(metrics, pattern)):
+            used |= set(rows.index)
+            # Noise levels are groups. Rows of one level stand together: checkpoints are compared within it.
+            cells = _cells(rows, "group", "checkpoint", "metric")
+            pairs = [(g, c) for g in rows["group"].unique() for c in metrics["checkpoint"].unique()]
+            names = sorted(rows["metric"].unique(), key=_certificate_order)
+            held = {key[:2] for key in cells}
+            grid = [(c, g, [cells.get((g, c, name)) for name in names]) for g, c in pairs if (g, c) in held]
+            lines = [Row(str(c), str(g), row) for c, g, row in grid]
+            made.append(Table(f"{front}{caption}", "checkpoint", [str(name) for name in names], lines))
     return made
 
 
 def _certificate_order(name: str) -> tuple[int, float, str]:
-    """acr, abstain, then certified accuracies by radius."""
-    radius = re.fullmatch(r"certified@(\d+(?:\.\d+)?)", name)
+    """acr, abstain and the like, then what there is at each radius."""
+    radius = re.fullmatch(r"[a-z-]+@(\d+(?:\.\d+)?)", name)
     return (2, float(radius[1]), name) if radius else (int(name != "acr"), 0.0, name)
 
 

@@ -1,4 +1,4 @@
-"""Certificates against closed forms, high precision, and the published loop."""
+"""The evaluator: certificates against the published loop, packing, several steps, and what it refuses."""
 
 import mpmath
 import numpy as np
@@ -6,17 +6,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxtyping import Float
 from pydantic import ValidationError
 from scipy.special import ndtri
 from scipy.stats import beta, binom
 from torch import nn
 
 from robustbench_diffaug import rng
-from robustbench_diffaug.batch import Batch, Limits
+from robustbench_diffaug.batch import Batch, Columns, Limits
+from robustbench_diffaug.checkpoints.base import Preprocess
+from robustbench_diffaug.checkpoints.bayes import Bayes
 from robustbench_diffaug.checkpoints.model import Model
+from robustbench_diffaug.data.synthetic import Mixture
+from robustbench_diffaug.diffusion.base import Denoise, Denoiser, Posterior, Schedule, Sigma
 from robustbench_diffaug.diffusion.gaussian import MixtureDenoiser
+from robustbench_diffaug.diffusion.unet import as_denoise
 from robustbench_diffaug.evaluators.smoothing import Smoothing, certify, radius_of
 from robustbench_diffaug.records import Declared, Records
+from robustbench_diffaug.testing import check_evaluator
 
 
 def published(select: np.ndarray, estimate: np.ndarray, sigma: float, alpha: float) -> tuple[int, float]:
@@ -25,6 +32,19 @@ def published(select: np.ndarray, estimate: np.ndarray, sigma: float, alpha: flo
     k = int(estimate[candidate])
     low = 0.0 if k == 0 else float(beta.ppf(alpha, k, n - k + 1))
     return (-1, 0.0) if low < 0.5 else (candidate, sigma * float(ndtri(low)))
+
+
+def evaluated(evaluator: Smoothing, model: Model, batch: Batch) -> Columns:
+    """The rows of a batch."""
+    return evaluator.record(
+        {"draws": [evaluator.observe(model, view, batch) for view in evaluator.views(batch)]}, batch
+    )
+
+
+def images_of(count: int, limits: Limits = Limits()) -> Batch:  # noqa: B008  (a frozen value)
+    """Images of the mixture."""
+    images, labels = Mixture(name="m", size=count).opened().read(range(count))
+    return Batch("m", tuple(map(str, range(count))), images, labels, 0, limits)
 
 
 def test_certify_is_the_published_algorithm() -> None:
@@ -82,10 +102,7 @@ def test_whole_evaluator_on_a_linear_network(alpha: float) -> None:
     ids = tuple(map(str, range(count)))
     labels = model.logits(images).argmax(1)
     batch = Batch("linear", ids, images, labels, 0, Limits())
-    seen: dict[str, list[dict[str, torch.Tensor]]] = {}
-    for view in evaluator.views(batch):
-        seen.setdefault(view.name, []).append(dict(evaluator.observe(model, view, batch)))
-    rows = evaluator.record(seen, batch)
+    rows = evaluated(evaluator, model, batch)
     assert rows["select"].sum() == 20 * count
     assert rows["estimate"].sum() == 500 * count
     found = certify(rows["select"][:, 0].numpy(), rows["estimate"][:, 0].numpy(), 0.25, alpha)
@@ -113,8 +130,8 @@ def test_level_is_the_schedules_and_the_certificate_is_nominal() -> None:
     evaluator = Smoothing(sigmas=(0.25,), denoiser=MixtureDenoiser(), n0=4, n=16)
     assert evaluator.level(0.25) == pytest.approx(0.2516, abs=1e-4)
     assert evaluator.level(0.25) >= 0.25
-    assert evaluator.forwards() == (20, 20)
-    assert Smoothing(sigmas=(0.25,), n0=4, n=16).forwards() == (0, 20)
+    assert evaluator.forwards() == (20, 20, 0)
+    assert Smoothing(sigmas=(0.25,), n0=4, n=16).forwards() == (0, 20, 0)
 
 
 def records(select: list[list[int]], estimate: list[list[int]], labels: list[int]) -> Records:
@@ -142,8 +159,6 @@ def test_metrics_by_hand() -> None:
     assert figures["abstain"].value == pytest.approx(1 / 3)
     assert figures["acr"].value == pytest.approx(reach / 3)
     assert (figures["acr"].n, figures["acr"].n_available) == (3, 100)
-    for figure in figures.values():
-        assert figure.low <= figure.value <= figure.high
     assert figures["certified@0.50"].high < 1 or figures["certified@0.50"].n == 3
 
 
@@ -170,3 +185,176 @@ def test_impossible_settings_are_refused() -> None:
         Smoothing(sigmas=(500.0,), denoiser=MixtureDenoiser()).check()
     (warning,) = Smoothing(sigmas=(0.25,), n=100, radii=(0.25, 0.9)).check()
     assert "0.9" in warning
+    with pytest.raises(ValidationError, match="no denoiser takes them"):
+        Smoothing(steps=2)
+    with pytest.raises(ValueError, match="no 300 steps below it"):
+        Smoothing(sigmas=(0.25,), denoiser=MixtureDenoiser(), steps=300).check()
+    with pytest.raises(ValidationError, match="radii repeats"):
+        Smoothing(radii=(0.5, 0.5))
+    batch = images_of(2)
+    unlabelled = Batch(batch.dataset, batch.ids, batch.images, torch.tensor([0, -1]), 0, batch.limits)
+    with pytest.raises(ValueError, match="m has images without a label"):
+        evaluated(Smoothing(sigmas=(0.5,), n0=4, n=16), Bayes(id="b", classes=4).loaded(Limits()), unlabelled)
+
+
+# --- packing ---------------------------------------------------------------------------------------------------------
+
+
+class Counted(nn.Module):
+    """A network that counts the rows it is given, and those of them that are padding: all zeros."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.rows, self.padding, self.shapes = network, 0, 0, set[int]()
+
+    def forward(self, images: torch.Tensor, *told: torch.Tensor) -> object:
+        self.rows += len(images)
+        self.padding += int((images.flatten(1) == 0).all(dim=1).sum())
+        self.shapes.add(len(images))
+        return self.network(images, *told)
+
+
+class Output:
+    """What a denoising network returns."""
+
+    def __init__(self, sample: torch.Tensor) -> None:
+        self.sample = sample
+
+
+class Silent(nn.Module):
+    """Predicts no noise."""
+
+    def forward(self, images: torch.Tensor, times: torch.Tensor) -> Output:
+        return Output(torch.zeros_like(images))
+
+
+class Watched(Denoiser):
+    """A denoiser around a counted network."""
+
+    kind: str = "watched"
+
+    def sigmas(self) -> Float[np.ndarray, " t"]:
+        return Schedule().sigmas()
+
+    def load(self, device: torch.device) -> Denoise:
+        return as_denoise(NETWORK, Schedule(), microbatch=self.microbatch)
+
+
+NETWORK = Counted(Silent())
+
+
+@pytest.mark.parametrize("count", [2, 4, 8, 16])
+def test_hardly_any_row_is_padding(count: int) -> None:
+    """With 100 and 1,000 draws at two levels; one round at a time would pad up to 5 of 100 rows."""
+    NETWORK.rows = NETWORK.padding = 0
+    evaluator = Smoothing(sigmas=(0.25, 0.5), denoiser=Watched(), n0=100, n=1000)
+    classifier = Counted(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
+    model = Model("counted", classifier.requires_grad_(False), lambda x: x, 3, 128)
+    batch = images_of(count)
+    rows = evaluated(evaluator, model, batch)
+    needed = 2200 * count
+    for counted in (NETWORK, classifier):
+        assert counted.shapes == {128}
+        assert counted.rows - needed < 0.02 * counted.rows
+        assert counted.padding == counted.rows - needed
+    assert rows["select"].dtype == rows["estimate"].dtype == torch.int32
+    assert (rows["select"].sum(-1) == 100).all()
+    assert (rows["estimate"].sum(-1) == 1000).all()
+
+
+def test_votes_are_those_of_each_round_alone() -> None:
+    """Against the plain loop: for each level and round all draws of its stream, denoised at one level, and counted."""
+    evaluator = Smoothing(sigmas=(0.5, 0.25), denoiser=MixtureDenoiser(), n0=13, n=61)
+    model = Bayes(id="b", classes=4, temperature=0.01).loaded(Limits())
+    for batch in (images_of(3), images_of(3, Limits(budget=7)), images_of(5, Limits(budget=64))):
+        rows = evaluated(evaluator, model, batch)
+        for index, sigma in enumerate(evaluator.sigmas):
+            level = evaluator.level(sigma)
+            for name, draws in (("select", 13), ("estimate", 61)):
+                noise = torch.cat(list(batch.noise(f"smoothing/{name}/{sigma!r}", range(draws))), dim=1)
+                clean = MixtureDenoiser().loaded(Limits())(batch.images[:, None] + level * noise, level).mean
+                classes = model.logits(clean).argmax(-1)
+                expected = torch.nn.functional.one_hot(classes, 4).sum(1)
+                assert torch.equal(rows[name][:, index], expected.int())
+        assert rows["level"].tolist() == [[evaluator.level(0.5), evaluator.level(0.25)]] * len(batch.ids)
+
+
+@pytest.mark.parametrize("settings", [{}, {"denoiser": MixtureDenoiser()}, {"denoiser": MixtureDenoiser(), "steps": 3}])
+def test_promises_of_an_evaluator(settings: dict[str, object]) -> None:
+    check_evaluator(Smoothing.model_validate({"sigmas": (0.25, 0.5), "n0": 6, "n": 21} | settings))
+
+
+# --- several steps, and sizes ----------------------------------------------------------------------------------------
+
+
+def test_times_of_several_steps() -> None:
+    evaluator = Smoothing(sigmas=(0.25,), denoiser=MixtureDenoiser(), steps=4)
+    noise = MixtureDenoiser()
+    assert noise.time(0.25) == 145
+    assert evaluator.path(0.25) == tuple(noise.sigma(t) for t in (145, 109, 73, 37))
+    assert Smoothing(sigmas=(0.25,), denoiser=noise, steps=145).path(0.25)[-1] == noise.sigma(1)
+    assert evaluator.forwards() == (4 * 10_100, 10_100, 0)
+
+
+def test_several_steps_follow_the_flow() -> None:
+    """Of one Gaussian the flow has a closed form: `m + (x - m) s / sqrt(s^2 + sigma^2)`, which many steps come near."""
+    spread, level = 0.2, 0.5
+
+    class Gaussian(Denoiser):
+        kind: str = "gaussian"
+
+        def sigmas(self) -> Float[np.ndarray, " t"]:
+            return Schedule().sigmas()
+
+        def load(self, device: torch.device) -> Denoise:
+            def denoise(noisy: Float[torch.Tensor, "*n c h w"], sigma: Sigma) -> Posterior:
+                variance = torch.as_tensor(sigma).to(noisy).expand(noisy.shape[:-3])[..., None, None, None] ** 2
+                return Posterior((spread**2 * noisy + variance * 0.5) / (spread**2 + variance))
+
+            return denoise
+
+    batch, gaps = images_of(2), []
+    for steps in (1, 4, 16, 128):
+        evaluator = Smoothing(sigmas=(level,), denoiser=Gaussian(), steps=steps, n0=5, n=20, alpha=0.05)
+        (view,) = evaluator.views(batch)
+        noise = torch.cat(
+            [next(batch.noise(f"smoothing/{name}/0.5", range(n))) for name, n in (("select", 5), ("estimate", 20))], 1
+        )
+        first = evaluator.level(level)
+        exact = 0.5 + (batch.images[:, None] + first * noise - 0.5) * spread / np.sqrt(spread**2 + first**2)
+        gaps.append(float((view.images - exact).abs().max()))
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[-1] < 0.02 < 0.1 < gaps[0]
+
+
+def test_the_classifier_resizes_what_the_denoiser_made() -> None:
+    """The denoiser sees the dataset's size; resizing [0, 1] is resizing [-1, 1], as published, up to rounding."""
+    sizes = []
+    preprocess = Preprocess(size=12, mean=(0.5,), std=(0.5,))
+
+    class Sized(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            sizes.append(tuple(images.shape[1:]))
+            return images.flatten(1)[:, :4]
+
+    model = Model("sized", Sized(), preprocess, 4, 128)
+    evaluated(Smoothing(sigmas=(0.5,), denoiser=MixtureDenoiser(), n0=4, n=16), model, images_of(2))
+    assert set(sizes) == {(1, 12, 12)}
+    images = images_of(2).images
+    resize = Preprocess(size=12)
+    assert torch.allclose(preprocess(images), resize(2 * images - 1), atol=1e-6)
+
+
+def test_networks_that_were_trained_on_noise_are_told_its_level() -> None:
+    told = []
+
+    class Told(nn.Module):
+        def forward(self, planes: torch.Tensor) -> torch.Tensor:
+            told.append(planes[:, 1:, 0, 0])
+            return planes.flatten(1)[:, :4]
+
+    model = Model("told", Told(), lambda x: x, 4, 32, wants=("sigma",))
+    evaluated(Smoothing(sigmas=(0.25, 0.5), n0=4, n=12), model, images_of(1))
+    assert len(torch.cat(told)[:32].unique(dim=0)) == 2
+    with pytest.raises(ValueError, match="wants sigma"):
+        evaluated(Smoothing(sigmas=(0.5,), denoiser=MixtureDenoiser(), n0=4, n=12), model, images_of(1))

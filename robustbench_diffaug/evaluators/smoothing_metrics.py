@@ -1,0 +1,169 @@
+"""Figures of certificates, from votes alone: of each noise level, and of all of them with and without paying for that.
+
+The certificate of an image may be wrong, with probability at most alpha: that is the Monte-Carlo error, of the noise.
+The images are a sample: that is the error of the test set, which intervals are about. `certified-lower` is about the
+first and has no interval, and every other figure is about the second.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import log, sqrt
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.stats import binom
+
+from robustbench_diffaug import rng, stats
+from robustbench_diffaug.evaluators.certificates import ABSTAIN, certify, predict, reach
+from robustbench_diffaug.records import Metric, Records
+from robustbench_diffaug.stats import LEVEL, Estimate
+
+__all__ = ["ALL", "band", "figures", "lower", "named", "scores"]
+
+ALL = "all sigmas"
+"""The group of figures that are of no single noise level."""
+
+Scores = Float[np.ndarray, " n"]
+"""The certified radius of each image that is certified with its own class, and -1 for the others."""
+
+
+def figures(
+    records: Records, sigmas: Sequence[float], radii: Sequence[float], alpha: float, rho: float
+) -> Iterator[Metric]:
+    """All metrics of one checkpoint.
+
+    Arguments:
+        records: With the columns `select` and `estimate`, votes of (image, level, class).
+        sigmas: The levels, as in the records.
+        radii: Of certified accuracy.
+        alpha: The probability that a certificate is wrong, in (0, 1/2).
+        rho: The probability that `certified-lower` is wrong, in (0, 1).
+    """
+    for index, sigma in enumerate(sigmas):
+        yield from _of_level(records, index, sigma, radii, alpha, rho)
+    if len(sigmas) > 1:
+        found = {sigma: scores(records, index, sigma, alpha) for index, sigma in enumerate(sigmas)}
+        shared = {sigma: scores(records, index, sigma, alpha / len(sigmas)) for index, sigma in enumerate(sigmas)}
+        half = _half(records)
+        for radius in radii:
+            yield from _envelope(records, found, radius)
+        for radius in radii:
+            yield from _selected(records, found, radius, half)
+        for radius in radii:
+            anywhere = np.max(list(shared.values()), axis=0) >= radius
+            yield records.metric(f"certified-any@{named(radius)}", ALL, stats.exact_proportion(anywhere))
+
+
+def scores(records: Records, index: int, sigma: float, alpha: float) -> Scores:
+    """The certified radius of each image where the class is right, and -1 where it is not, or there is none."""
+    found = certify(records["select"][:, index], records["estimate"][:, index], sigma, alpha)
+    return np.where(found.prediction == records["label"], found.radius, -1.0)
+
+
+def _of_level(
+    records: Records, index: int, sigma: float, radii: Sequence[float], alpha: float, rho: float
+) -> Iterator[Metric]:
+    group = f"sigma={sigma:g}"
+    votes = records["estimate"][:, index]
+    certified = certify(records["select"][:, index], votes, sigma, alpha)
+    found = np.where(certified.prediction == records["label"], certified.radius, -1.0)
+    for radius in radii:
+        estimate = stats.exact_proportion(found >= radius)
+        yield records.metric(f"certified@{named(radius)}", group, estimate, headline=radius == sigma)
+    for radius in radii:
+        yield records.metric(f"certified-band@{named(radius)}", group, band(found >= radius))
+    for radius in radii:
+        bound = Estimate(lower(found >= radius, alpha, rho), np.nan, np.nan, len(found))
+        yield records.metric(f"certified-lower@{named(radius)}", group, bound)
+    abstains = stats.exact_proportion(certified.prediction == ABSTAIN)
+    yield records.metric("abstain", group, abstains, better="lower")
+    yield records.metric("smoothed/accuracy", group, stats.exact_proportion(found >= 0))
+    predicted = predict(votes, alpha)
+    yield records.metric("predict/accuracy", group, stats.exact_proportion(predicted == records["label"]))
+    abstains = stats.exact_proportion(predicted == ABSTAIN)
+    yield records.metric("predict/abstain", group, abstains, better="lower")
+    most = reach(int(votes[0].sum()), sigma, alpha)
+    share = stats.mean(np.clip(found / most, 0.0, 1.0), records.key("acr", group), bounded=True)
+    mean = Estimate(share.value * most, share.low * most, share.high * most, share.n)
+    yield records.metric("acr", group, mean, unit="pixels", headline=True)
+
+
+def band(hits: Bool[np.ndarray, " n"]) -> Estimate:
+    """The share of hits, with an interval that holds at all radii together: half its width is `sqrt(ln(2/d) / (2 n))`.
+
+    Certified accuracy is one minus the distribution function of an image's score, so that the inequality of Dvoretzky,
+    Kiefer and Wolfowitz, with Massart's constant, holds for all of the curve at once with probability 1 - d.
+
+    References:
+        The tight constant in the Dvoretzky-Kiefer-Wolfowitz inequality (Massart, 1990),
+        https://doi.org/10.1214/aop/1176990746
+    """
+    value, half = float(hits.mean()), sqrt(log(2 / (1 - LEVEL)) / (2 * len(hits)))
+    return Estimate(value, max(0.0, value - half), min(1.0, value + half), len(hits))
+
+
+def lower(hits: Bool[np.ndarray, " n"], alpha: float, rho: float) -> float:
+    """What the certified accuracy of these images is at least, with probability 1 - rho over the noise of all of them.
+
+    Each certificate is wrong with probability at most alpha, independently. So the number of wrong ones is at most the
+    quantile `q = min {q: P(Binomial(n, alpha) > q) <= rho}`, at all radii together, and the bound is `share - q / n`.
+    Cohen et al. bound `q / n` by Bernstein's inequality, `alpha + sqrt(2 alpha (1 - alpha) ln(1/rho) / n) +
+    ln(1/rho) / (3 n)`; their script leaves out the 2 below the root, and then it is no bound for large n.
+
+    Arguments:
+        hits: Of each image, whether it is certified at some radius.
+        alpha: In (0, 1/2).
+        rho: In (0, 1).
+
+    References:
+        Certified Adversarial Robustness via Randomized Smoothing (Cohen et al., 2019),
+        https://arxiv.org/abs/1902.02918
+    """
+    wrong = float(binom.isf(rho, len(hits), alpha))
+    while binom.sf(wrong, len(hits), alpha) > rho:  # a quantile that rounding has put one too low
+        wrong += 1
+    return float(max(0.0, (int(hits.sum()) - wrong) / len(hits)))
+
+
+def _envelope(records: Records, found: Mapping[float, Scores], radius: float) -> Iterator[Metric]:
+    """The best level of each radius, as papers print it: its interval holds for all levels together (Bonferroni)."""
+    level = 1 - (1 - LEVEL) / len(found)
+    each = {sigma: stats.exact_proportion(score >= radius, level) for sigma, score in found.items()}
+    best = max(each, key=lambda sigma: each[sigma].value)
+    low, high = (max(getattr(estimate, end) for estimate in each.values()) for end in ("low", "high"))
+    estimate = Estimate(each[best].value, low, high, len(records))
+    yield records.metric(f"certified-envelope@{named(radius)}", ALL, estimate)
+    yield _sigma(records, "envelope", radius, best, len(records))
+
+
+def _selected(
+    records: Records, found: Mapping[float, Scores], radius: float, half: Bool[np.ndarray, " n"]
+) -> Iterator[Metric]:
+    """The level that is best on one half of the images, measured on the other."""
+    if half.all() or not half.any():
+        return
+    best = max(found, key=lambda sigma: int((found[sigma][half] >= radius).sum()))
+    estimate = stats.exact_proportion(found[best][~half] >= radius)
+    yield records.metric(f"certified-selected@{named(radius)}", ALL, estimate)
+    yield _sigma(records, "selected", radius, best, int(half.sum()))
+
+
+def _sigma(records: Records, rule: str, radius: float, sigma: float, count: int) -> Metric:
+    """The level that a rule takes at a radius; no interval, and neither way is better."""
+    estimate = Estimate(sigma, np.nan, np.nan, count)
+    return records.metric(f"sigma-{rule}@{named(radius)}", ALL, estimate, unit="pixels")
+
+
+def _half(records: Records) -> Bool[np.ndarray, " n"]:
+    """Half of the images, at random but the same for every checkpoint; versions of an image are in the same half."""
+    names, image = np.unique(records.clusters(), return_inverse=True)
+    order = rng.permutation(records.key("certified-selected"), len(names))
+    chosen = np.zeros(len(names), dtype=bool)
+    chosen[order[: len(names) // 2]] = True
+    return np.asarray(chosen[image])
+
+
+def named(radius: float) -> str:
+    """A radius as names of metrics have it, with at least two decimals: 0.50, 0.125."""
+    text = f"{radius:g}"
+    decimals = len(text.partition(".")[2])
+    return text if decimals >= 2 and "e" not in text else f"{radius:.2f}"

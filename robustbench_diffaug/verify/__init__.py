@@ -1,0 +1,1 @@
+"""Whether a run folder holds what its records say, and whether the records are what the networks say."""

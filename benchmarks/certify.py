@@ -33,7 +33,7 @@ from torch.nn.modules import module as modules
 from robustbench_diffaug.batch import Limits
 from robustbench_diffaug.data.embedded import Mnist5k
 from robustbench_diffaug.diffusion.unet import UNet
-from robustbench_diffaug.engine import run, settle
+from robustbench_diffaug.engine import Task, run, settle
 from robustbench_diffaug.evaluators.smoothing import Smoothing, certify
 from robustbench_diffaug.files import path_of
 from robustbench_diffaug.runs import Options, tasks_of
@@ -93,17 +93,21 @@ class Published:
         return found
 
 
+def evaluated(suite: Suite, ids: list[str], folder: Path) -> list[Task]:
+    """The tasks of a run of some classifiers, after they were run."""
+    chosen = tuple(entry for entry in suite.checkpoints if entry.id in ids)
+    tasks = tasks_of(Loaded(suite.model_copy(update={"checkpoints": chosen}), {}), Options(folder))
+    for task in tasks:
+        failures = run(task).failures
+        assert not failures, failures
+    return tasks
+
+
 def ours(suite: Suite, ids: list[str]) -> np.ndarray:
     """The votes of a run, of shape (checkpoint, image, 2, class)."""
-    chosen = tuple(entry for entry in suite.checkpoints if entry.id in ids)
-    part = suite.model_copy(update={"checkpoints": chosen})
     with tempfile.TemporaryDirectory() as folder:
-        tasks = tasks_of(Loaded(part, {}), Options(Path(folder)))
-        for task in tasks:
-            failures = run(task).failures
-            assert not failures, failures
-        store = tasks[0].store
-        records = [store.read([cell]) for cell in tasks[0].cells]
+        first, *_ = evaluated(suite, ids, Path(folder))
+        records = [first.store.read([cell]) for cell in first.cells]
     return np.stack([np.stack([each["select"][:, 0], each["estimate"][:, 0]], axis=1) for each in records])
 
 
@@ -149,8 +153,8 @@ def profile(suite: Suite, ids: list[str]) -> None:
     """Prints the share of the loop that is spent in networks."""
     ours(suite, ids)
     spent: list[float] = []
-    with inside(spent):
-        took, _ = timed(lambda: ours(suite, ids))
+    with tempfile.TemporaryDirectory() as folder, inside(spent):
+        took, _ = timed(lambda: evaluated(suite, ids, Path(folder)))
     share = sum(spent) / took.wall
     print(
         f"{len(ids)} classifiers: {sum(spent):.2f} of {took.wall:.2f} s in {len(spent)} forwards, {100 * share:.1f} %"
@@ -174,6 +178,7 @@ class Compared(NamedTuple):
 
 def prepared(arguments: argparse.Namespace) -> Compared:
     """The same networks, images and settings for both."""
+    import robustbench_diffaug.torchvision_guard  # noqa: F401  # isort: skip
     from diffusers import UNet2DModel
 
     denoiser = UNet(folder=FOLDER)

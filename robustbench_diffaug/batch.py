@@ -71,7 +71,7 @@ class Batch:
         """Standard normal draws of each sample, in chunks of at most `limits.budget` images.
 
         A draw is a function of (seed, stream, dataset, sample id, index) and of nothing else: not of the checkpoint,
-        the batch, the chunk, the process or the device.
+        the batch, the chunk or the process. A GPU's normals are the host's to 1e-6.
         """
         yield from self.noises([(stream, draws)])
 

@@ -168,7 +168,7 @@ def manifest(
             for cell in row:
                 parts = store.costs(cell)
                 spent += sum(float(str(part.get("seconds", 0))) for part in parts)
-                devices |= {(str(part.get("device")), str(part.get("torch"))) for part in parts if "device" in part}
+                devices |= {_made_on(part) for part in parts if "device" in part}
                 done = sum(int(str(part["samples"])) for part in parts)
                 if done < declared.n:
                     notices.append(
@@ -176,7 +176,7 @@ def manifest(
                     )
             notices += _left_out(bench, dataset, row, store)
     if len(devices) > 1:
-        named = "; ".join(" with torch ".join(pair) for pair in sorted(devices))
+        named = "; ".join(sorted(devices))
         notices.append(f"records were made on different devices or versions ({named}): last digits may differ")
     return {
         "schema_version": 1,
@@ -206,6 +206,12 @@ def _left_out(bench: Bench, dataset: Dataset, row: Sequence[Cell], store: Store)
     images = "1 image" if len(ids) == 1 else f"{len(ids)} images"
     were = "was" if len(ids) == 1 else "were"
     return [f"{bench.name}: {images} of {dataset.name} could not be read and {were} left out: {named}"]
+
+
+def _made_on(part: Mapping[str, object]) -> str:
+    """What the last digits of a file of records depend on."""
+    compiled = ", compiled" if part.get("compile") else ""
+    return f"{part.get('device')} with torch {part.get('torch')}{compiled}"
 
 
 def _checkpoint(entry: Checkpoint) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def test_every_flag_is_a_variable(shell: Shell, asked: Asked, monkeypatch: pytes
     Path("more.yaml").write_text("{kind: mixture, id: more, classes: 4}")
     variables = {
         "LIMIT": "3", "DATA_DIR": "data", "SET": "seed=1 benches.certify.evaluator.n=32", "WITH": "more.yaml",
-        "TRUST": "1", "OUTPUT": "out", "DEVICE": "cpu", "BATCH_SIZE": "9", "WORKERS": "3",
+        "TRUST": "1", "OUTPUT": "out", "DEVICE": "cpu", "BATCH_SIZE": "9", "WORKERS": "3", "COMPILE": "1",
     }  # fmt: skip
     for name, value in variables.items():
         monkeypatch.setenv(f"RDIFF_{name}", value)
@@ -125,7 +125,7 @@ def test_every_flag_is_a_variable(shell: Shell, asked: Asked, monkeypatch: pytes
             "extra": (Path("more.yaml"),), "seed": None, "data_dir": Path("data"),
         }
     ]  # fmt: skip
-    assert options == [runs.Options(Path("out"), "cpu", 9, 3, True)]
+    assert options == [runs.Options(Path("out"), "cpu", 9, 3, True, True)]
     monkeypatch.setenv("RDIFF_LIMIT", "many")
     code, _, err = shell("plan", "smoke")
     assert code == 2

@@ -78,7 +78,7 @@ def left_of(process: subprocess.Popen[str]) -> list[int]:
 def test_ctrl_c_stops_all_processes_without_a_traceback(tmp_path: Path) -> None:
     process = started(tmp_path)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert errors.strip().endswith("run again to continue")
@@ -90,7 +90,7 @@ def test_workers_do_not_outlive_a_command_that_is_killed(tmp_path: Path) -> None
     process = started(tmp_path)
     assert len(group_of(process)) >= 3
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert left_of(process) == []
 
 

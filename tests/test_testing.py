@@ -72,6 +72,9 @@ CHECKPOINTS: dict[str, list[tuple[Checkpoint, tuple[int, int, int]]]] = {
 FEW = Mnist5k(limit=6)
 DATASETS: dict[str, Callable[[Path], list[Dataset]]] = {
     "arrays": lambda folder: [files(folder)[1]],
+    # Each needs a tree of its published layout: tests/data/test_cifar.py, test_imagenet.py, test_lists.py and
+    # test_tables.py run check_dataset.
+    **dict.fromkeys(("cifar", "cifar-c", "cifar-c-part", "imagenet", "imagenet-c", "imglist", "table"), lambda _: []),
     "corrupted": lambda _: [Corrupted(name="c", base=FEW, corruption="fog", severity=3, constants="cifar-c")],
     "corruptions": lambda _: [
         Corruptions(base=FEW, corruptions=("shot_noise", "motion_blur"), severities=(1, 5), constants="imagenet-c")

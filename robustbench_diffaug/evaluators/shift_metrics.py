@@ -43,11 +43,12 @@ def metrics(records: Records, settings: Settings) -> Iterator[Metric]:
     if "de" in settings.modes:
         for group, rows in _parts(records):
             yield from _against_time(rows, group, settings)
-    for mode, (forwards, backwards) in settings.costs.items():
+    whole = len(records) == sum(dataset.n for dataset in records.declared)
+    for mode, (forwards, backwards) in settings.costs.items() if len(records) else ():
         for name, count in (("forwards", forwards), ("backwards", backwards)):
             if count:
                 label = f"{_prefix(mode)}{name}-per-image/denoiser"
-                yield Metric(label, "cost", float(count), n=len(records), better="lower", unit="count")
+                yield Metric(label, "cost", float(count), n=len(records), complete=whole, better="lower", unit="count")
 
 
 def _prefix(mode: str) -> str:

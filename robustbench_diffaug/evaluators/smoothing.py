@@ -1,7 +1,6 @@
 """Certified l2 radii by randomized smoothing, through a diffusion denoiser or without one."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Annotated, Literal
 
 import numpy as np
@@ -139,7 +138,7 @@ class Smoothing(Evaluator):
         shape = self.denoiser.microbatch if self.denoiser else 128
         most = max(1, batch.limits.budget // len(batch.ids))
         step = max(range(1, most + 1), key=lambda draws: (_filled(draws * len(batch.ids), shape), draws))
-        return _rechunked(chain.from_iterable(batch.noise(name, range(count)) for name, count in streams), step)
+        return _rechunked(batch.noises((name, range(count)) for name, count in streams), step)
 
     def _denoised(
         self, batch: Batch, noisy: Float[torch.Tensor, "b d c h w"], path: Float[torch.Tensor, "d steps"]

@@ -163,7 +163,8 @@ def _parts(
         about = dataset.declared()
         subset = Chosen(base=dataset, positions=tuple(chosen), origin=about.origin, group=about.group, **fields)
         new = tuple(Cell(bench.name, cell.checkpoint, bench.evaluator, subset, cell.seed) for cell in some)
-        task = Task(bench.evaluator, subset, range(len(chosen)), new, store, Limits(device=again.device))
+        limits = Limits(device=again.device, compile=bool(run.manifest.get("compile", False)))
+        task = Task(bench.evaluator, subset, range(len(chosen)), new, store, limits)
         costs = [cost for cell in some for cost in run.archive.costs(cell)]
         seconds = sum(float(cost.get("seconds", 0.0)) for cost in costs) * len(chosen) / len(held)
         yield Part(task, tuple(some), len(held), seconds)
@@ -266,8 +267,11 @@ def _percent(probability: float) -> str:
 def _here(run: Recorded, old: Cell, device: str) -> bool:
     """Whether the records of a cell were made on the hardware and versions that are here."""
     costs = run.archive.costs(old)
-    made = {(str(cost.get("device")).partition(":")[0], cost.get("torch")) for cost in costs}
-    here = {(device.partition(":")[0], str(torch.__version__))}
+    made = {
+        (str(cost.get("device")).partition(":")[0], cost.get("torch"), bool(cost.get("compile", False)))
+        for cost in costs
+    }
+    here = {(device.partition(":")[0], str(torch.__version__), bool(run.manifest.get("compile", False)))}
     return made == here and run.manifest.get("hardware") == hardware(device) and same_versions(run)[0]
 
 

@@ -17,7 +17,7 @@ from robustbench_diffaug.records import to_table
 from robustbench_diffaug.store import Cell, Store, of_nothing, with_skipped
 from robustbench_diffaug.suite import Bench, Suite
 
-__all__ = ["Outcome", "Task", "cells", "plan", "reason", "run", "settle", "total"]
+__all__ = ["Outcome", "Task", "cells", "hardware", "plan", "reason", "run", "settle", "total"]
 
 FORWARDS = 8192  # of a checkpoint in one file: a killed run loses no more than some seconds
 
@@ -111,6 +111,13 @@ def settle(device: str, threads: int | None = None) -> None:
         torch.cuda.set_device(device)
 
 
+def hardware(device: str) -> str:
+    """What decides which kernels run: the name of a GPU, or the instructions of the CPU, such as 'AVX512'."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return torch.backends.cpu.get_cpu_capability()
+
+
 @torch.no_grad()  # not inference_mode: evaluators may enable gradients
 def run(task: Task) -> Outcome:
     """Evaluates the cells of a task and writes a file for each; one that fails stops only itself."""
@@ -137,6 +144,7 @@ def run(task: Task) -> Outcome:
             "shared_by": len(task.cells),
             "skipped": len(work.skipped),
             "device": task.limits.device,
+            "hardware": hardware(task.limits.device),
             "noise": task.limits.noise,
             "compile": task.limits.compile,
             "threads": torch.get_num_threads(),

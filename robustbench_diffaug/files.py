@@ -22,6 +22,7 @@ __all__ = [
     "Digest",
     "Location",
     "Weights",
+    "apart",
     "atomic",
     "built_in",
     "existing",
@@ -132,6 +133,16 @@ def atomic(path: Path) -> Iterator[IO[Any]]:
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise
+
+
+def apart(root: Path, output: Path) -> None:
+    """Finds that what is about to be written lies in no run folder, whose files its digests name.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if output.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{output} lies in the run folder {root}, whose files its digests name; give another --output")
 
 
 def _hexadecimal(digest: str) -> str:

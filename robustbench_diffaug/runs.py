@@ -14,23 +14,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import torch
 import yaml
 
 from robustbench_diffaug import summary
 from robustbench_diffaug.batch import Limits
 from robustbench_diffaug.component import look_again
 from robustbench_diffaug.document import dump
-from robustbench_diffaug.engine import Outcome, Task, plan
+from robustbench_diffaug.engine import Outcome, Task, hardware, plan
 from robustbench_diffaug.executors import local, processes, threads
-from robustbench_diffaug.files import atomic, sha256
+from robustbench_diffaug.files import apart, atomic, sha256
 from robustbench_diffaug.recorded import LOCK, Recorded, keys_of, listed, open_run
 from robustbench_diffaug.report import page, tables
 from robustbench_diffaug.store import Store
 from robustbench_diffaug.suite import Loaded, Suite, check
 
 __all__ = ["FORMATS", "Finished", "Options", "Results", "digests", "execute", "lock", "own", "report", "results"]
-__all__ += ["hardware", "recorded_failures", "tasks_of"]
+__all__ += ["recorded_failures", "tasks_of"]
 
 FORMATS = {"html": ("index.html",), "csv": ("metrics.csv", "metrics.parquet", "leaderboard.csv", "costs.csv")}
 """The files of each format of a report."""
@@ -175,13 +174,6 @@ def execute(
     return write(loaded.suite, store, found, failures, len(tasks))
 
 
-def hardware(device: str) -> str:
-    """What decides which kernels run: the name of a GPU, or the instructions of the CPU, such as 'AVX512'."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return torch.backends.cpu.get_cpu_capability()
-
-
 def _failed(outcome: Outcome) -> list[dict[str, str]]:
     named = ((outcome.task.cells[index], reason) for index, reason in outcome.failures.items())
     return [
@@ -314,8 +306,7 @@ def _retold(found: Recorded) -> dict[str, Any]:
 
 def _free(root: Path, output: Path) -> None:
     """Finds that a folder may hold a report: it is new, empty, or holds an earlier one."""
-    if output.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{output} lies in the run folder {root}, whose files its digests name; give another --output")
+    apart(root, output)
     if not output.exists():
         return
     names = {path.name for path in output.iterdir() if _foreign(path)} if output.is_dir() else {""}

@@ -201,7 +201,7 @@ def check(loaded: Loaded) -> tuple[str, ...]:
             bench.evaluator.fits(bench.parts(), [entry.id for entry in chosen])
             _check_classes(chosen)
             for denoiser in bench.evaluator.denoisers():
-                denoiser.contents()  # its files are there
+                denoiser.check()
         for index, dataset in enumerate(bench.datasets):
             with _at(loaded.places["bench", f"{bench.name}/{index}"]):
                 _check_images(bench, dataset, bench.chosen(suite.checkpoints))
@@ -219,10 +219,11 @@ def _check_classes(checkpoints: Sequence[Checkpoint]) -> None:
 
 
 def _check_images(bench: Bench, dataset: Dataset, checkpoints: Sequence[Checkpoint]) -> None:
-    """The first image of an entry must fit the denoisers and the checkpoints."""
+    """All parts of an entry must be there, and its first image must fit the denoisers and the checkpoints."""
+    for part in dataset.parts():
+        if not len(part.rows()):
+            raise ValueError(f"dataset {part.name} is empty; give it images, or take it out")
     first = dataset.parts()[0]
-    if not len(first.rows()):
-        raise ValueError(f"dataset {first.name} is empty; give it images, or take it out")
     channels = _channels(first)
     for denoiser in bench.evaluator.denoisers():
         if denoiser.channels() not in (None, channels):

@@ -67,13 +67,13 @@ def _failure(bench: Bench, checkpoint: str, why: str) -> dict[str, str]:
 
 
 def _compared(bench: Bench, store: Store, columns: Mapping[str, tuple[Cell, ...]]) -> tuple[Figures, str]:
-    """The figures that need the records of several checkpoints, by checkpoint, and why there are none, if so."""
+    """The figures that need the records of several checkpoints, by checkpoint, and why there are no more, if so."""
     found: dict[str, list[Metric]] = {}
     try:
         for id, figure in bench.evaluator.compare(tuple(columns), lambda named: store.read(columns[named])):
             found.setdefault(id, []).append(figure)
     except Exception as error:  # damaged records among it: reading them again will say so
-        return {}, reason(error)
+        return found, reason(error)
     return found, ""
 
 

@@ -198,6 +198,23 @@ def test_damaged_images_are_skipped_where_the_dataset_says_so(tmp_path: Path) ->
     assert not (tmp_path / "arrays/fog.npy").exists()
 
 
+@pytest.mark.parametrize("bad", [(0,), (0, 1, 2)])
+def test_the_first_images_may_be_damaged_too(bad: tuple[int, ...], tmp_path: Path) -> None:
+    ids, labels = tuple(f"{row}.png" for row in range(7)), (0, 1, 0, 1, 0, 1, 0)
+    copy = Copy(
+        Listed(ids=ids, labels=labels, bad=bad, on_bad_image="skip"), tmp_path / "skips", "imagenet-c", ("fog",), (1,)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copies, "VALUES", 24 * 20 * 3)  # one image at a time, and two for the estimate
+        cost = copies.estimate(copy)
+        assert cost.images == 7 and cost.bytes > 0
+        assert done(copy) == 7
+    assert len(list((tmp_path / "skips").rglob("*.JPEG"))) == 7 - len(bad)
+    none = Listed(ids=ids, labels=labels, bad=tuple(range(7)), on_bad_image="skip")
+    with pytest.raises(BadImage, match=r"0\.png is damaged"):
+        copies.estimate(Copy(none, tmp_path / "none", "imagenet-c", ("fog",)))
+
+
 def test_what_cannot_be_copied_is_refused(folder: Folder, arrays: Arrays, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'frog'; did you mean fog"):
         Copy(folder, tmp_path, "imagenet-c", ("frog",))

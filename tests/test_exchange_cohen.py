@@ -324,6 +324,7 @@ def test_what_is_no_file_or_no_text_or_asked_wrongly(rdiff: Command) -> None:
         ),
         ([*good, "--sigma", "1", "--n", "0"], "--n 0: needed is a number of draws, 1 to 1,000,000,000"),
         ([*good, "--sigma", "1", "--n0", "-1"], "--n0 -1: needed is"),
+        ([*good, "--sigma", "1", "--n0", "0"], "--n0 0: needed is"),
         ([*good, "--sigma", "1", "--radius", "-1"], "--radius -1: needed is a number in [0, 1000]"),
         ([*good, "--sigma", "1", "--checkpoint", "=1"], "'=1' is no name of a checkpoint"),
         ([*good, "--sigma", "1", "--baseline", "x"], "--baseline is for robustbench, not for cohen"),

@@ -153,6 +153,8 @@ def test_an_export_says_how_it_was_made_and_can_be_repeated(run: Path, rdiff: Co
     )
     Path("file").touch()
     assert "file is a file; give a folder with --output" in rdiff("export", "cohen", str(run), "-o", "file")[2]
+    assert "lies in the run folder" in rdiff("export", "cohen", str(run), "-o", str(run / "tsv"))[2]
+    assert not (run / "tsv").exists()
 
 
 def changed(run: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:

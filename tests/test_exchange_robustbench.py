@@ -216,6 +216,8 @@ def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no .*nowhere/metrics\.parquet; give the folder of a run"):
         robustbench.export_run(tmp_path / "nowhere", out)
     assert not out.exists()
+    with pytest.raises(ValueError, match="lies in the run folder"):
+        robustbench.export_run(saved(tmp_path / "run", own), tmp_path / "run/metrics.csv")
 
 
 HEADERS = ",fog,fog,snow,snow\n,1,2,1,2\n"

@@ -47,7 +47,9 @@ def started(folder: Path) -> subprocess.Popen[str]:
         "2",
     ]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(arguments, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload]
+    # Shells start what runs in the background with Ctrl-C ignored, and children inherit that.
+    heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "start_new_session": True}
+    process = subprocess.Popen(arguments, text=True, **heed, **pipes)  # type: ignore[call-overload]
     while process.poll() is None and not list(folder.rglob("*.parquet")):
         time.sleep(0.05)
     assert process.poll() is None

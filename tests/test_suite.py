@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import save_file
 from torch import zeros
@@ -53,6 +54,20 @@ def test_a_setting_changes_one_place_and_not_its_aliases() -> None:
     denoiser = certify(loaded).denoiser
     assert denoiser
     assert denoiser.clip
+
+
+def test_all_parts_of_a_grid_are_looked_at(tmp_path: Path) -> None:
+    np.save(tmp_path / "fog.npy", np.zeros((5, 8, 8, 1), np.uint8))
+    np.save(tmp_path / "labels.npy", np.zeros(5, np.int64))
+    grid = f"[{{kind: cifar-c, name: c, root: '{tmp_path}', corruptions: [fog, snow]}}]"
+    with pytest.raises(ValueError, match=r"benches\.0\.datasets\.0: there is no .*snow\.npy"):
+        check(load("smoke", settings=[f"benches.shift.datasets={grid}"]))
+
+
+def test_the_weights_of_denoisers_are_looked_at() -> None:
+    ddpm = f"{{kind: unet, folder: 'rdiff:zoo/mnist5k-ddpm', sha256: {'0' * 64}}}"
+    with pytest.raises(ValueError, match=r"benches\.0\.evaluator: .*has sha256"):
+        check(load("smoke", settings=[f"benches.shift.evaluator.denoiser={ddpm}"]))
 
 
 @pytest.mark.parametrize(

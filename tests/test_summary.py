@@ -4,13 +4,17 @@ import csv
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from robustbench_diffaug import cli, recorded, runs
+from robustbench_diffaug import cli, recorded, runs, summary
 from robustbench_diffaug.document import dump
+from robustbench_diffaug.evaluators.shift import Shift
+from robustbench_diffaug.records import Metric
+from robustbench_diffaug.store import Store
 from robustbench_diffaug.suite import load
 
 MODULE = """
@@ -112,6 +116,20 @@ def test_the_others_keep_their_figures(fault: str, brittle: Any, tmp_path: Path)
     before = {path: path.stat().st_mtime_ns for path in done.root.rglob("*")}
     assert runs.execute(loaded, options).digest == mended.digest  # and now there is nothing to do
     assert {path: path.stat().st_mtime_ns for path in done.root.rglob("*")} == before
+
+
+def test_comparisons_that_came_before_a_failure_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = Metric("first", "all", 1.0)
+
+    def compare(*_: object) -> Iterator[tuple[str, Metric]]:
+        yield "bayes", first
+        raise ValueError("there is no second")
+
+    monkeypatch.setattr(Shift, "compare", compare)
+    assert summary._compared(load("smoke").suite.benches[0], Store(tmp_path), {}) == (
+        {"bayes": [first]},
+        "there is no second",
+    )
 
 
 def test_a_run_without_any_figure_has_a_report(brittle: Any, tmp_path: Path) -> None:

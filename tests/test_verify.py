@@ -266,6 +266,12 @@ def test_noise_that_is_too_weak(root: Path) -> None:
     assert "certify / net: a, sample 000002: noise of 0.1 certifies no sigma of 0.25" in text
 
 
+def test_levels_of_noise_must_be_there(root: Path) -> None:
+    path = record(root, "certify", "net")
+    pq.write_table(pq.ParquetFile(path).read().drop_columns("level"), path)
+    assert "certify / net: column level holds no noise of 1 levels" in failed(certificates.certificates(opened(root)))
+
+
 @pytest.mark.parametrize(("column", "value"), [("label", 1), ("image", "0" * 16), ("group", "b")])
 def test_rows_that_disagree(root: Path, column: str, value: object) -> None:
     alter(record(root, "certify", "bayes"), column, lambda values: values.__setitem__(4, value))
@@ -360,6 +366,21 @@ def test_other_hardware_has_a_tolerance(root: Path, votes: int, state: str) -> N
     assert found.state == state
     if state == "ok":
         assert f"{votes} of {2 * IMAGES * (DRAWS + 8):,} votes moved (1% a sample may)" in found.said
+
+
+def test_a_run_that_was_continued_elsewhere_has_a_tolerance(root: Path) -> None:
+    path = record(root, "certify", "bayes").with_suffix(".json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hardware": "another"}))
+    forge(root, [5], 1)
+    found = whole.verify_again(root, recheck.Again(1.0, 0), trust=True)
+    assert found.state == "ok"
+    assert "other hardware or versions: 1 of" in found.said
+
+
+def test_no_records_are_not_said_to_be_equal(root: Path) -> None:
+    shutil.rmtree(root / "records")
+    found = whole.verify_again(root, recheck.Again(1.0, 0), trust=True)
+    assert (found.state, found.said) == ("not checked", "shift / net / a: it has no records")
 
 
 def test_what_is_not_at_hand_is_not_evaluated_again(root: Path, made: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -11,10 +11,9 @@ from jaxtyping import Float, Int, Integer, UInt8
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from robustbench_diffaug.component import suggest
 from robustbench_diffaug.data import plain_pickle
 from robustbench_diffaug.data.base import Dataset, Images
-from robustbench_diffaug.data.corruptions import COMMON, NAMES
+from robustbench_diffaug.data.corruptions import COMMON, known
 from robustbench_diffaug.files import DataLocation, existing, sha256
 
 __all__ = ["Cifar", "CifarC", "CifarCPart"]
@@ -143,7 +142,7 @@ class CifarCPart(Dataset):
     @field_validator("corruption")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        return _known(name)
+        return known(name)
 
     def contents(self) -> str:
         """SHA-256 of the file of the corruption, whatever the severity, and of the labels."""
@@ -192,12 +191,12 @@ class CifarC(Dataset):
     kind: Literal["cifar-c"] = "cifar-c"
     root: DataLocation
     corruptions: tuple[str, ...] = Field(COMMON, min_length=1)
-    severities: tuple[int, ...] = Field((1, 2, 3, 4, 5), min_length=1)
+    severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field((1, 2, 3, 4, 5), min_length=1)
 
     @field_validator("corruptions")
     @classmethod
     def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(_known, names))
+        return tuple(map(known, names))
 
     def parts(self) -> tuple[Dataset, ...]:
         """One `cifar-c-part` for each corruption and severity."""
@@ -227,12 +226,6 @@ class CifarC(Dataset):
         raise ValueError(f"{self.name} is a grid; open its parts")
 
 
-def _known(name: str) -> str:
-    if name not in NAMES:
-        raise ValueError(f"no corruption is called {name!r}{suggest(name, list(NAMES))}")
-    return name
-
-
 def _mapped(path: Path) -> np.ndarray:
     """An npy file, mapped once per process while it does not change."""
     status = path.stat()
@@ -246,7 +239,7 @@ def _mapping(path: Path, modified: int, size: int) -> np.ndarray:
             raise ValueError(f"{path} is not an npy file")
     try:
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # whatever a damaged or hostile header makes numpy raise
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is not a whole npy file that can be mapped: {reason}") from error
     return array

@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -23,10 +24,10 @@ from PIL import Image
 from torch import Tensor
 
 from robustbench_diffaug import document
-from robustbench_diffaug.component import digest_of, suggest, trusting
+from robustbench_diffaug.component import digest_of, trusting
 from robustbench_diffaug.data.base import BadImage, Dataset, Images
 from robustbench_diffaug.data.corrupted import Constants, keys
-from robustbench_diffaug.data.corruptions import COMMON, NAMES, corrupt
+from robustbench_diffaug.data.corruptions import COMMON, NAMES, corrupt, known
 from robustbench_diffaug.data.frost import digest
 from robustbench_diffaug.files import atomic
 
@@ -143,10 +144,8 @@ def ordered(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: If there is no such corruption.
     """
-    for name in names:
-        if name not in NAMES:
-            raise ValueError(f"no corruption is called {name!r}{suggest(name, list(NAMES))}")
-    return tuple(name for name in NAMES if name in names) or COMMON
+    chosen = set(map(known, names))
+    return tuple(name for name in NAMES if name in chosen) or COMMON
 
 
 def load(path: Path, *, trust: bool = False, data_dir: Path | None = None) -> Dataset:
@@ -175,7 +174,7 @@ def estimate(copy: Copy) -> Cost:
     """Times all versions of the first images, and multiplies by what is left.
 
     Raises:
-        ValueError: If the dataset is empty, its first image cannot be decoded, or the folder holds something else.
+        ValueError: If the dataset is empty, an image that is needed cannot be decoded, or the folder is taken.
     """
     if not copy.rows:
         raise ValueError(f"dataset {copy.dataset.name} is empty; there is nothing to copy")
@@ -184,11 +183,12 @@ def estimate(copy: Copy) -> Cost:
     saving, left = (perf_counter() - start) * (copy.form == "imagenet-c"), _left(copy)
     if not left:
         return Cost(0, 0.0, 0.0, 0)
-    one = copy.source.read(copy.rows[:1])[0]
+    one = _example(copy)
     for version in copy.versions:  # what is made once, such as textures, is no part of the cost of an image
         copy.corrupted(one, copy.ids[:1], version)
     start, size = perf_counter(), 0
     images, _, ids, _ = _read(copy, range(min(max(2, VALUES // 16 // one.numel()), len(copy.rows))))
+    images, ids = (images, ids) if ids else (one, list(copy.ids[:1]))  # all of them may be skipped
     for version in copy.versions:
         levels = copy.corrupted(images, ids, version)
         size += levels.nbytes if copy.form == "cifar-c" else sum(len(_encoded(level)) for level in levels)
@@ -240,10 +240,18 @@ def _left(copy: Copy) -> int:
     return max(0, total - sum(1 for place in places for _ in place.glob("*/*.JPEG")))
 
 
+def _example(copy: Copy) -> Float[Tensor, "1 c h w"]:
+    """The first image; where damaged ones are skipped, the first that is not."""
+    if copy.dataset.on_bad_image == "skip" and copy.form == "imagenet-c":
+        for row in copy.rows:
+            with suppress(BadImage):
+                return copy.source.read([row])[0]
+    return copy.source.read(copy.rows[:1])[0]
+
+
 def _chunks(copy: Copy) -> Iterator[range]:
     """Positions among the copy's images that are worked on together."""
-    values = copy.source.read(copy.rows[:1])[0].numel() if len(copy.rows) else 1
-    size = max(1, min(256, VALUES // values))
+    size = max(1, min(256, VALUES // _example(copy).numel())) if len(copy.rows) else 1
     for start in range(0, len(copy.rows), size):
         yield range(start, min(start + size, len(copy.rows)))
 
@@ -369,8 +377,7 @@ def _arrays(copy: Copy) -> Iterator[Done]:
         small = chosen.min() >= 0 and chosen.max() < 256
         with atomic(labels) as file:
             np.save(file, np.tile(chosen.astype(np.uint8 if small else np.int64), 5), allow_pickle=False)
-    channels, *sides = copy.source.read(copy.rows[:1])[0].shape[1:]
-    shape = (*sides, channels)
+    shape = tuple(_example(copy).permute(0, 2, 3, 1).shape[1:])
     for name in copy.corruptions:
         if copy.array(name).is_file():
             yield Done(5 * count)

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from robustbench_diffaug import rng
-from robustbench_diffaug.component import Outside, suggest
+from robustbench_diffaug.component import Outside
 from robustbench_diffaug.data import corruptions, frost
 from robustbench_diffaug.data.base import Dataset, Images
 from robustbench_diffaug.files import DataLocation, existing
@@ -41,12 +41,6 @@ def _agree(base: Dataset, on_bad_image: str, class_space: str) -> None:
             raise ValueError(f"base says {key}: {inner}, which has no effect there; write it beside base")
 
 
-def _known(name: str) -> str:
-    if name not in corruptions.NAMES:
-        raise ValueError(f"no corruption is called {name!r}{suggest(name, list(corruptions.NAMES))}")
-    return name
-
-
 class Corrupted(Dataset):
     """The images of another dataset under one corruption, each from a random stream of its own.
 
@@ -72,7 +66,7 @@ class Corrupted(Dataset):
     draw: int = 0
     textures: Annotated[DataLocation | None, Outside] = None
 
-    _check_name = field_validator("corruption")(_known)
+    _check_name = field_validator("corruption")(corruptions.known)
 
     @model_validator(mode="after")
     def _agreed(self) -> "Corrupted":
@@ -125,7 +119,7 @@ class Corruptions(Dataset):
     name: str = ""
     base: Dataset
     corruptions: tuple[str, ...] = Field(min_length=1)
-    severities: tuple[int, ...] = Field((5,), min_length=1)
+    severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field((5,), min_length=1)
     constants: Constants
     draw: int = 0
     textures: Annotated[DataLocation | None, Outside] = None
@@ -133,7 +127,7 @@ class Corruptions(Dataset):
     @field_validator("corruptions")
     @classmethod
     def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(_known, names))
+        return tuple(map(corruptions.known, names))
 
     @model_validator(mode="after")
     def _agreed(self) -> "Corruptions":

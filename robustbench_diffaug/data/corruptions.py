@@ -45,7 +45,7 @@ from robustbench_diffaug.data.frost import frost
 from robustbench_diffaug.data.spatter import spatter
 from robustbench_diffaug.rng import key, normal, uniform
 
-__all__ = ["COMMON", "CONSTANTS", "NAMES", "NOISES", "VALIDATION", "corrupt"]
+__all__ = ["COMMON", "CONSTANTS", "NAMES", "NOISES", "VALIDATION", "corrupt", "known"]
 
 Corruption: TypeAlias = Callable[[Levels, Any, Sequence[int]], Levels]
 
@@ -310,10 +310,20 @@ COMMON, VALIDATION = NAMES[:15], NAMES[15:]
 NOISES = ("gaussian_noise", "shot_noise", "impulse_noise")
 
 
+def known(name: str) -> str:
+    """The name of a corruption, as it is.
+
+    Raises:
+        ValueError: If there is no such corruption.
+    """
+    if name not in NAMES:
+        raise ValueError(f"no corruption is called {name!r}{suggest(name, list(NAMES))}")
+    return name
+
+
 def check(images: Tensor, name: str, severity: int, constants: str, keys: Sequence[int]) -> None:
     """Raises ValueError, with what to do about it, where `corrupt` cannot take its arguments."""
-    if name not in CORRUPTIONS:
-        raise ValueError(f"There is no corruption {name!r}{suggest(name, list(NAMES))}.")
+    known(name)
     if constants not in CONSTANTS:
         raise ValueError(f"There is no table of constants {constants!r}{suggest(constants, list(CONSTANTS))}.")
     if not isinstance(severity, int) or not 1 <= severity <= 5:

@@ -21,6 +21,10 @@ __all__ = ["SUFFIXES", "Geometry", "Listing", "class_folders", "listed", "opened
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "JPEG2000")
+"""Which are decoded, by what a file holds, whatever its name: PIL would hand others, such as EPS, to programs."""
+
+
 @dataclass(frozen=True)
 class Geometry:
     """What becomes of an image from its file to the tensor, as torchvision's transforms do it on PIL images.
@@ -49,7 +53,7 @@ class Geometry:
             ValueError: If it has more than 8 bits a channel, or is too small for the crop.
         """
         try:
-            with Image.open(file) as encoded:
+            with Image.open(file, formats=FORMATS) as encoded:
                 deep, image = encoded.mode[0] in "IF", encoded.convert(self.mode)
         except Exception as error:  # whatever a damaged file makes the decoder raise
             raise BadImage(f"{name} is not a readable image: {error}") from error
@@ -132,7 +136,8 @@ def listed(root: Path, folder: str) -> list[str]:
     """
     path, inside = root / folder, Path(f"{root.resolve()}/{folder}")
     if not path.is_dir() or path.resolve() != inside or inside == root.resolve():
-        raise ValueError(f"{root} has no folder of class {folder}")
+        link = "; a link that leads elsewhere is none" if path.is_dir() else ""
+        raise ValueError(f"{root} has no folder of class {folder}{link}")
     names = sorted(file.name for file in path.iterdir())
     return [f"{folder}/{name}" for name in names if name[0] != "." and name.lower().endswith(SUFFIXES)]
 

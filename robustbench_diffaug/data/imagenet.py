@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from robustbench_diffaug.component import Outside, suggest
 from robustbench_diffaug.data.base import Dataset, Images
-from robustbench_diffaug.data.corruptions import COMMON, NAMES
+from robustbench_diffaug.data.corruptions import COMMON, known
 from robustbench_diffaug.data.image_files import Geometry, Listing, class_folders, listed, opened
 from robustbench_diffaug.data.imagenet_classes import CATEGORIES, VARIANTS, Variant, indices
 from robustbench_diffaug.files import DataLocation, existing
@@ -279,10 +279,7 @@ class ImageNetC(Dataset):
     @field_validator("corruptions")
     @classmethod
     def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name not in NAMES:
-                raise ValueError(f"no corruption is called {name!r}{suggest(name, list(NAMES))}")
-        return names
+        return tuple(map(known, names))
 
     @model_validator(mode="after")
     def _known(self) -> "ImageNetC":

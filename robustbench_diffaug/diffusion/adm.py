@@ -85,9 +85,21 @@ class Adm(Denoiser):
         flags = self.flags()
         return flags.num_classes if flags.class_cond else None
 
+    def learned_variance(self) -> bool:
+        """What the flags say."""
+        return self.flags().learn_sigma
+
     def unconditional(self) -> bool:
         """Whether the network has no classes: those that have some know no label for none."""
         return self.classes() is None
+
+    def check(self) -> None:
+        """Looks at the file of weights and its digest.
+
+        Raises:
+            ValueError: If it is missing, has another digest, or is no file of weights.
+        """
+        _checked(self.weights)
 
     def load(self, device: torch.device) -> Denoise:
         """The network in evaluation mode.
@@ -145,20 +157,13 @@ def read_state(weights: Weights) -> Mapping[str, Tensor]:
     Raises:
         ValueError: If the file is missing, has another digest, is damaged, or holds anything else than tensors by name.
     """
-    path = existing(weights.uri)
-    start = b""
-    if path.is_file():
-        with path.open("rb") as file:
-            start = file.read(len(OLD))
-    if start.startswith((ZIP, OLD)):
-        digest = Weights(uri=weights.uri).contents()
-        if weights.sha256 not in ("", digest):
-            raise ValueError(f"{weights.uri} has sha256 {digest}, not {weights.sha256}: another or a damaged file")
+    path, pickled = _checked(weights)
+    if pickled:
         found = _unpickled(path, weights.uri)
     else:
         from safetensors.torch import load_file
 
-        found = load_file(weights.check())
+        found = load_file(path)
     if not isinstance(found, Mapping) or not found:
         raise ValueError(f"{weights.uri} holds a {type(found).__name__}; needed are tensors by name")
     for name, value in found.items():
@@ -168,6 +173,21 @@ def read_state(weights: Weights) -> Mapping[str, Tensor]:
                 "numbers by name, as the published files hold"
             )
     return found
+
+
+def _checked(weights: Weights) -> tuple[Path, bool]:
+    """The path of a file of weights with the right digest, and whether it is one of torch.save."""
+    path = existing(weights.uri)
+    start = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(len(OLD))
+    if not start.startswith((ZIP, OLD)):
+        return weights.check(), False
+    digest = Weights(uri=weights.uri).contents()
+    if weights.sha256 not in ("", digest):
+        raise ValueError(f"{weights.uri} has sha256 {digest}, not {weights.sha256}: another or a damaged file")
+    return path, True
 
 
 def _unpickled(path: Path, uri: str) -> object:

@@ -153,6 +153,14 @@ class Denoiser(Component, ABC):
     def sigmas(self) -> Float[np.ndarray, " t"]:
         """The noise level of each time in [0, 1] units, increasing; needs no weights."""
 
+    def check(self) -> None:
+        """Looks at the files without loading the network. Default: `contents`, which must not fail.
+
+        Raises:
+            ValueError: As `load`.
+        """
+        self.contents()
+
     @abstractmethod
     def load(self, device: torch.device) -> Denoise:
         """The network.
@@ -176,6 +184,10 @@ class Denoiser(Component, ABC):
     def unconditional(self) -> bool:
         """Whether `load` gives a denoiser, one that needs no class; needs no weights. Default: it does."""
         return True
+
+    def learned_variance(self) -> bool | None:
+        """Whether the network has a learned variance; needs no weights. Default: None, only a call would tell."""
+        return None
 
     def load_conditional(self, device: torch.device) -> ConditionalDenoise:
         """The network that is told the class. Default: there is none.

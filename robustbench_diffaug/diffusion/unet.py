@@ -53,6 +53,15 @@ class UNet(Denoiser):
             digest.update(_read(root, name))
         return digest.hexdigest()
 
+    def check(self) -> None:
+        """Looks at the weights and the two configurations.
+
+        Raises:
+            ValueError: If one is missing, or the weights are damaged or have another digest.
+        """
+        self.contents()
+        self._weights().check()
+
     def sigmas(self) -> Float[np.ndarray, " t"]:
         """The noise levels of the scheduler's configuration."""
         return schedule_of(existing(self.folder)).sigmas()
@@ -66,6 +75,11 @@ class UNet(Denoiser):
         found = self._config().get("sample_size")
         sides = {found} if isinstance(found, int) else set(found or ())
         return int(sides.pop()) if len(sides) == 1 else None
+
+    def learned_variance(self) -> bool:
+        """Whether the network's configuration has twice as many outputs as inputs."""
+        config = self._config()
+        return bool(config["out_channels"] == 2 * config["in_channels"])
 
     def classes(self) -> int | None:
         """One less than the `num_class_embeds` of the network's configuration."""

@@ -91,7 +91,8 @@ class Shift(Evaluator):
         """Times must be the schedule's, and the denoiser class-conditional where its score is to be mixed."""
         if self.denoiser is None:
             return ()
-        if self.modes != ("default",) and not (self.denoiser.unconditional() or self.mixing == 1):
+        told = self.mixing == 1 and not self._adapts()
+        if self.modes != ("default",) and not (self.denoiser.unconditional() or told):
             raise ValueError("the denoiser needs the class of each image; give an unconditional one")
         if "de" in self.modes:
             self.denoiser.sigma(self.times[-1])
@@ -99,6 +100,8 @@ class Shift(Evaluator):
                 raise ValueError("mixing needs a class-conditional denoiser, and this one is not; set mixing to 0")
         if self._adapts():
             Chain.of(self.denoiser.sigmas(), self.dda.respacing)
+            if self.dda.variance == "learned" and self.denoiser.learned_variance() is False:
+                raise ValueError("the denoiser has no learned variance; give dda variance: small (or large)")
         if "de" in self.modes and self.mixing:
             return (f"mixing {self.mixing:g} denoises with the true label, so mode de knows the answer",)
         return ()
@@ -107,7 +110,7 @@ class Shift(Evaluator):
         """A published baseline needs its very corruptions and severities, and another one must be a checkpoint's id."""
         measured: dict[str, set[int]] = {}
         for dataset in datasets:
-            measured.setdefault(dataset.group, set()).add(dataset.severity)
+            measured.setdefault(dataset.group or dataset.name, set()).add(dataset.severity)
         for name in self.baselines:
             if name in BASELINES:
                 BASELINES[name].require(measured)

@@ -1,6 +1,7 @@
 """The figures of the shift evaluator, from its records alone."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -112,10 +113,12 @@ def _mode(records: Records, mode: str, bins: int) -> Iterator[Metric]:
             headline = mode == "default" and not severity
             label = f"{name}/{group}" + (f"@s{severity}" if severity else "")
             yield rows.metric(label, group, stats.proportion(_hit(rows, mode)), headline=headline)
-            for declared in {d.class_space for d in rows.declared if d.classes}:
+            for declared in sorted({d.class_space for d in rows.declared if d.classes}):
                 other = "full" if declared == "subset" else "subset"
-                estimate = stats.proportion(_hit(rows, mode, "other_pred"))
-                yield rows.metric(f"{label}/classes={other}", group, estimate)
+                alike = rows.of(lambda d, space=declared: not d.classes or d.class_space == space)  # type: ignore[misc]
+                if len(alike):
+                    estimate = stats.proportion(_hit(alike, mode, "other_pred"))
+                    yield alike.metric(f"{label}/classes={other}", group, estimate)
     for group in dict.fromkeys(dataset.group for dataset in records.declared if dataset.severity):
         yield from _mean(records, f"{name}/{group}", group, mode, _of(group))
     yield from _mean(records, f"{name}/mean", "corruptions", mode, _common, headline=True)
@@ -173,14 +176,21 @@ def _mean(
         yield rows.metric(name, group, estimate, headline=headline)
 
 
-def _errors(records: Records, mode: str) -> pd.DataFrame:
-    """The mean error over severities: a row for each image that has all of them, a column for each corruption."""
-    rows = records.of(_common)
+def _errors(records: Records, mode: str, corruptions: Collection[str] | None = None) -> pd.DataFrame:
+    """The mean error over severities: a row for each image that has all of them, a column for each corruption.
+
+    Arguments:
+        records: Of one checkpoint.
+        mode: Of the evaluator.
+        corruptions: Which; None for all common ones.
+    """
+    rows = records.of(lambda d: _common(d) and (corruptions is None or d.group in corruptions))
     if not len(rows):
         return pd.DataFrame()
+    versions = {group: count for (_, group), count in Counter((d.origin, d.group) for d in rows.declared).items()}
     frame = pd.DataFrame({"image": rows.clusters(), "group": rows["group"], "error": ~_hit(rows, mode)})
     found = frame.groupby(["image", "group"])["error"].agg(["mean", "size"])
-    whole = found["size"] == len(_severities(records))
+    whole = found["size"] == found.index.get_level_values("group").map(versions)
     table: pd.DataFrame = found["mean"].where(whole).unstack("group").dropna()
     return table
 
@@ -209,16 +219,16 @@ def against_published(records: Records, modes: Sequence[str], names: Sequence[st
     for name in (name for name in names if name in BASELINES):
         baseline = BASELINES[name]
         for mode in _chosen(modes):
-            errors = _errors(records, mode)
-            if not set(baseline.corruptions) <= set(errors.columns):  # not yet measured: `fits` has seen to the rest
-                continue
+            errors = _errors(records, mode, baseline.corruptions)
+            if not len(errors) or set(errors.columns) != set(baseline.corruptions):
+                continue  # not yet measured: `fits` has seen to the rest
             errors = errors[list(baseline.corruptions)]
             base = np.array([baseline.error(corruption) for corruption in baseline.corruptions])
             values = (errors / base).mean(axis=1)
             yield _mean_metric(rows, f"{_prefix(mode)}mce/{name}", values.to_numpy())
             clean = _clean_errors(records, mode)
-            if baseline.clean is not None and len(clean):
-                both = errors.join(clean.rename("clean"), how="inner")
+            both = errors.join(clean.rename("clean"), how="inner")
+            if baseline.clean is not None and len(both):
                 excess = both[errors.columns].sub(both["clean"], axis=0)
                 values = (excess / (base - baseline.clean)).mean(axis=1)
                 yield _mean_metric(rows, f"{_prefix(mode)}relative-mce/{name}", values.to_numpy())
@@ -234,12 +244,14 @@ def against_checkpoints(
 ) -> Iterator[tuple[str, Metric]]:
     """MCE and relative mCE relative to the plain network of a checkpoint, over the images that both have.
 
-    Both are ratios of means, so the bootstrap draws images and takes the ratios anew.
+    Both are ratios of means, so the bootstrap draws images and takes the ratios anew. The relative ones come last: they
+    may be undefined where the others are not.
 
     Raises:
         ValueError: If the baseline makes no error under a corruption, or no more than on clean images: the ratio is
             not defined.
     """
+    relative: list[tuple[str, Records, str, pd.DataFrame, pd.DataFrame]] = []
     for name in (name for name in names if name not in BASELINES and name in checkpoints):
         other = records(name)
         base, base_clean = _errors(other, "default"), _clean_errors(other, "default")
@@ -248,26 +260,22 @@ def against_checkpoints(
             for mode in _chosen(modes):
                 errors, clean = _errors(own, mode), _clean_errors(own, mode)
                 images = errors.index.intersection(base.index)
-                if not len(images):
-                    continue
-                pair = errors.loc[images].to_numpy(), base.loc[images, errors.columns].to_numpy()
-                yield checkpoint, _ratio(own, f"{_prefix(mode)}mce/{name}", *pair, list(errors.columns))
+                if not len(images) or set(errors.columns) != set(base.columns):
+                    continue  # one of them was not yet measured
+                yield checkpoint, _ratio(own, f"{_prefix(mode)}mce/{name}", errors.loc[images], base.loc[images])
                 images = images.intersection(clean.index).intersection(base_clean.index)
                 if len(images):
-                    excess = errors.loc[images].sub(clean.loc[images], axis=0).to_numpy()
-                    against = base.loc[images, errors.columns].sub(base_clean.loc[images], axis=0).to_numpy()
-                    label = f"{_prefix(mode)}relative-mce/{name}"
-                    yield checkpoint, _ratio(own, label, excess, against, list(errors.columns))
+                    excess = errors.loc[images].sub(clean.loc[images], axis=0)
+                    against = base.loc[images].sub(base_clean.loc[images], axis=0)
+                    relative.append((checkpoint, own, f"{_prefix(mode)}relative-mce/{name}", excess, against))
+    for checkpoint, own, label, excess, against in relative:
+        yield checkpoint, _ratio(own, label, excess, against)
 
 
-def _ratio(
-    records: Records,
-    name: str,
-    errors: Float[np.ndarray, "n c"],
-    base: Float[np.ndarray, "n c"],
-    corruptions: Sequence[str],
-) -> Metric:
+def _ratio(records: Records, name: str, own: pd.DataFrame, other: pd.DataFrame) -> Metric:
     """mean_c (sum_i E_ic / sum_i B_ic), with its bootstrap over images."""
+    corruptions = list(own.columns)
+    errors, base = own.to_numpy(), other[corruptions].to_numpy()
     lacking = [corruption for corruption, total in zip(corruptions, base.sum(axis=0), strict=True) if total <= 0]
     if lacking:
         raise ValueError(

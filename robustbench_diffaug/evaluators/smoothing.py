@@ -59,8 +59,8 @@ class Smoothing(Evaluator):
 
     @model_validator(mode="after")
     def _possible(self) -> "Smoothing":
-        if len(set(self.sigmas)) < len(self.sigmas):
-            raise ValueError("sigmas repeats a level")
+        if len({f"{sigma:g}" for sigma in self.sigmas}) < len(self.sigmas):
+            raise ValueError("sigmas repeats a level, to the six digits by which figures are named")
         if len(set(self.radii)) < len(self.radii):
             raise ValueError("radii repeats a radius")
         if self.steps > 1 and self.denoiser is None:
@@ -75,7 +75,9 @@ class Smoothing(Evaluator):
         return self
 
     def check(self) -> tuple[str, ...]:
-        """Levels must be on the schedule; warns of radii that no vote can reach."""
+        """Levels must be on the schedule of a denoiser that needs no class; warns of radii that no vote can reach."""
+        if self.denoiser and not self.denoiser.unconditional():
+            raise ValueError("the denoiser needs the class of each image; give an unconditional one")
         for sigma in self.sigmas:
             self.path(sigma)
         most = self.reach(max(self.sigmas))
@@ -121,6 +123,8 @@ class Smoothing(Evaluator):
 
         A level has no chunks of its own: what is left over at its end goes through the networks with the next one.
         """
+        if bool((batch.labels < 0).any()):  # here, before anything is spent on them
+            raise ValueError(f"{batch.dataset} has images without a label (-1), and certificates need one of each")
         device = batch.images.device
         paths = torch.tensor([self.path(sigma) for sigma in self.sigmas], dtype=torch.float64, device=device)
         first = 0
@@ -171,8 +175,6 @@ class Smoothing(Evaluator):
 
     def record(self, seen: Mapping[str, Sequence[Columns]], batch: Batch) -> Columns:
         """Both vote vectors of each level, and the noise levels."""
-        if bool((batch.labels < 0).any()):
-            raise ValueError(f"{batch.dataset} has images without a label (-1), and certificates need one of each")
         votes: Int[torch.Tensor, "b s 2 k"] = torch.stack([part["votes"] for part in seen["draws"]]).sum(0).int()
         levels = torch.tensor([self.level(sigma) for sigma in self.sigmas], dtype=torch.float64)
         return {"select": votes[:, :, 0], "estimate": votes[:, :, 1], "level": levels.expand(len(batch.ids), -1)}

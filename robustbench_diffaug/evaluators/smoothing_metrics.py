@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import log, sqrt
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
+from scipy.special import betaincinv
 from scipy.stats import binom
 
 from robustbench_diffaug import rng, stats
@@ -50,7 +51,7 @@ def figures(
             yield from _selected(records, found, radius, half)
         for radius in radii:
             anywhere = np.max(list(shared.values()), axis=0) >= radius
-            yield records.metric(f"certified-any@{named(radius)}", ALL, stats.exact_proportion(anywhere))
+            yield records.metric(f"certified-any@{named(radius)}", ALL, _share(records, anywhere))
 
 
 def scores(records: Records, index: int, sigma: float, alpha: float) -> Scores:
@@ -67,38 +68,80 @@ def _of_level(
     certified = certify(records["select"][:, index], votes, sigma, alpha)
     found = np.where(certified.prediction == records["label"], certified.radius, -1.0)
     for radius in radii:
-        estimate = stats.exact_proportion(found >= radius)
+        estimate = _share(records, found >= radius)
         yield records.metric(f"certified@{named(radius)}", group, estimate, headline=radius == sigma)
     for radius in radii:
-        yield records.metric(f"certified-band@{named(radius)}", group, band(found >= radius))
+        yield records.metric(f"certified-band@{named(radius)}", group, band(found >= radius, _images(records)))
     for radius in radii:
         bound = Estimate(lower(found >= radius, alpha, rho), np.nan, np.nan, len(found))
         yield records.metric(f"certified-lower@{named(radius)}", group, bound)
-    abstains = stats.exact_proportion(certified.prediction == ABSTAIN)
+    abstains = _share(records, certified.prediction == ABSTAIN)
     yield records.metric("abstain", group, abstains, better="lower")
-    yield records.metric("smoothed/accuracy", group, stats.exact_proportion(found >= 0))
+    yield records.metric("smoothed/accuracy", group, _share(records, found >= 0))
     predicted = predict(votes, alpha)
-    yield records.metric("predict/accuracy", group, stats.exact_proportion(predicted == records["label"]))
-    abstains = stats.exact_proportion(predicted == ABSTAIN)
+    yield records.metric("predict/accuracy", group, _share(records, predicted == records["label"]))
+    abstains = _share(records, predicted == ABSTAIN)
     yield records.metric("predict/abstain", group, abstains, better="lower")
     most = reach(int(votes[0].sum()), sigma, alpha)
-    share = stats.mean(np.clip(found / most, 0.0, 1.0), records.key("acr", group), bounded=True)
+    radius_shares, key = np.clip(found / most, 0.0, 1.0), records.key("acr", group)
+    share = stats.clustered_mean(radius_shares, _images(records), key, bounded=True)
     mean = Estimate(share.value * most, share.low * most, share.high * most, share.n)
     yield records.metric("acr", group, mean, unit="pixels", headline=True)
 
 
-def band(hits: Bool[np.ndarray, " n"]) -> Estimate:
+def _images(records: Records) -> Shaped[np.ndarray, " n"] | None:
+    """A name of the image behind each row, where some rows are versions of one image; else None."""
+    if len({dataset.origin for dataset in records.declared}) == len(records.declared):
+        return None
+    names = records.clusters()
+    return None if len(np.unique(names)) == len(names) else names
+
+
+def _share(
+    records: Records, hits: Bool[np.ndarray, " n"], level: float = LEVEL, rows: Bool[np.ndarray, " m"] | None = None
+) -> Estimate:
+    """The share of hits with Clopper and Pearson's interval, in which versions of one image count as one image.
+
+    With c images the interval is that of `c share` hits, a whole number or not: the mean of an image's versions varies
+    no more than a single row does.
+
+    Arguments:
+        records: All rows.
+        hits: Of those that are chosen.
+        level: Of the interval.
+        rows: Which are chosen; all by default.
+    """
+    images = _images(records)
+    if images is None:
+        return stats.exact_proportion(hits, level)
+    count = len(np.unique(images if rows is None else images[rows]))
+    share, tail = float(hits.mean()), (1 - level) / 2
+    low = betaincinv(count * share, count * (1 - share) + 1, tail) if share > 0 else 0.0
+    high = betaincinv(count * share + 1, count * (1 - share), 1 - tail) if share < 1 else 1.0
+    return Estimate(share, float(low), float(high), count)
+
+
+def band(hits: Bool[np.ndarray, " n"], images: Shaped[np.ndarray, " n"] | None = None) -> Estimate:
     """The share of hits, with an interval that holds at all radii together: half its width is `sqrt(ln(2/d) / (2 n))`.
 
     Certified accuracy is one minus the distribution function of an image's score, so that the inequality of Dvoretzky,
-    Kiefer and Wolfowitz, with Massart's constant, holds for all of the curve at once with probability 1 - d.
+    Kiefer and Wolfowitz, with Massart's constant, holds for all of the curve at once with probability 1 - d. Where rows
+    are up to m versions of one image, the j-th versions are independent rows, and each of the m parts of the curve has
+    such a band at d / m; the width is their mean by the number of rows.
+
+    Arguments:
+        hits: Of each row.
+        images: A name of the image behind each row; each row is its own without it.
 
     References:
         The tight constant in the Dvoretzky-Kiefer-Wolfowitz inequality (Massart, 1990),
         https://doi.org/10.1214/aop/1176990746
     """
-    value, half = float(hits.mean()), sqrt(log(2 / (1 - LEVEL)) / (2 * len(hits)))
-    return Estimate(value, max(0.0, value - half), min(1.0, value + half), len(hits))
+    value, n = float(hits.mean()), len(hits)
+    versions = np.ones(n, np.int64) if images is None else np.unique(images, return_counts=True)[1]
+    parts = [int((versions > number).sum()) for number in range(versions.max())]
+    half = sum(part / n * sqrt(log(2 * len(parts) / (1 - LEVEL)) / (2 * part)) for part in parts)
+    return Estimate(value, max(0.0, value - half), min(1.0, value + half), parts[0])
 
 
 def lower(hits: Bool[np.ndarray, " n"], alpha: float, rho: float) -> float:
@@ -127,10 +170,10 @@ def lower(hits: Bool[np.ndarray, " n"], alpha: float, rho: float) -> float:
 def _envelope(records: Records, found: Mapping[float, Scores], radius: float) -> Iterator[Metric]:
     """The best level of each radius, as papers print it: its interval holds for all levels together (Bonferroni)."""
     level = 1 - (1 - LEVEL) / len(found)
-    each = {sigma: stats.exact_proportion(score >= radius, level) for sigma, score in found.items()}
+    each = {sigma: _share(records, score >= radius, level) for sigma, score in found.items()}
     best = max(each, key=lambda sigma: each[sigma].value)
     low, high = (max(getattr(estimate, end) for estimate in each.values()) for end in ("low", "high"))
-    estimate = Estimate(each[best].value, low, high, len(records))
+    estimate = Estimate(each[best].value, low, high, each[best].n)
     yield records.metric(f"certified-envelope@{named(radius)}", ALL, estimate)
     yield _sigma(records, "envelope", radius, best, len(records))
 
@@ -142,7 +185,7 @@ def _selected(
     if half.all() or not half.any():
         return
     best = max(found, key=lambda sigma: int((found[sigma][half] >= radius).sum()))
-    estimate = stats.exact_proportion(found[best][~half] >= radius)
+    estimate = _share(records, found[best][~half] >= radius, rows=~half)
     yield records.metric(f"certified-selected@{named(radius)}", ALL, estimate)
     yield _sigma(records, "selected", radius, best, int(half.sum()))
 
@@ -162,8 +205,7 @@ def _half(records: Records) -> Bool[np.ndarray, " n"]:
     return np.asarray(chosen[image])
 
 
-def named(radius: float) -> str:
-    """A radius as names of metrics have it, with at least two decimals: 0.50, 0.125."""
-    text = f"{radius:g}"
-    decimals = len(text.partition(".")[2])
-    return text if decimals >= 2 and "e" not in text else f"{radius:.2f}"
+def named(number: float) -> str:
+    """A number as names have it, with at least two decimals, and as many as tell it from others: 0.50, 0.125."""
+    text = f"{number:g}" if float(f"{number:g}") == number else repr(float(number))
+    return text if len(text.partition(".")[2]) >= 2 or "e" in text else f"{number:.2f}"

@@ -28,10 +28,11 @@ from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.engine import cells
 from robustbench_diffaug.evaluators.certificates import certify
 from robustbench_diffaug.evaluators.smoothing import Smoothing
+from robustbench_diffaug.evaluators.smoothing_metrics import named
 from robustbench_diffaug.exchange import folder
 from robustbench_diffaug.exchange.cohen_findings import findings
 from robustbench_diffaug.exchange.cohen_rows import COLUMNS, FARTHEST, Protocol, Rows, read
-from robustbench_diffaug.files import atomic, sha256
+from robustbench_diffaug.files import apart, atomic, sha256
 from robustbench_diffaug.recorded import Archive, open_run
 from robustbench_diffaug.records import Metric
 from robustbench_diffaug.report import tables
@@ -88,21 +89,15 @@ def metrics(rows: Rows, protocol: Protocol, radii: Sequence[float], suite: str, 
     share = stats.mean(right * rows.radius / reach, rng.key(0, "bootstrap", "cohen", group), bounded=True)
     mean = stats.Estimate(share.value * reach, share.low * reach, share.high * reach, share.n)
     figures = [
-        Metric(f"certified@{_decimals(radius)}", group, *estimate, headline=radius == protocol.sigma)
+        Metric(f"certified@{named(radius)}", group, *estimate, headline=radius == protocol.sigma)
         for radius in radii
         for estimate in (stats.exact_proportion(right & (rows.radius >= radius)),)
     ]
     figures.append(Metric("abstain", group, *stats.exact_proportion(rows.predict < 0), better="lower"))
     figures.append(Metric("acr", group, *mean, unit="pixels", headline=True))
-    named = {"suite": suite, "bench": "certify", "evaluator": "cohen", "checkpoint": checkpoint, "n_available": nan}
-    found = [asdict(figure) | {"metric": figure.name} | named for figure in figures]
+    about = {"suite": suite, "bench": "certify", "evaluator": "cohen", "checkpoint": checkpoint, "n_available": nan}
+    found = [asdict(figure) | {"metric": figure.name} | about for figure in figures]
     return pd.DataFrame(found, columns=pd.Index(summary.COLUMNS))
-
-
-def _decimals(value: float) -> str:
-    """A number with at least two decimals, and as many as it needs: 0.50, 0.125."""
-    text = f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    return text if len(text.partition(".")[2]) >= 2 or "e" in text else f"{value:.2f}"
 
 
 def import_run(
@@ -175,8 +170,10 @@ def export_run(
         The paths of the tables.
 
     Raises:
-        ValueError: If the run has no such bench, or a checkpoint lacks some images; nothing is written then.
+        ValueError: If the run has no such bench, a checkpoint lacks some images, or the folder is not free or lies in
+            the run's; nothing is written then.
     """
+    apart(root, path)
     found = open_run(root, trust=trust, settings=settings)
     chosen, evaluator = _bench(root, found.suite, bench)
     (bare,) = (other for other in found.bare.benches if other.name == chosen.name)
@@ -185,7 +182,7 @@ def export_run(
     for dataset, (_, row) in zip(chosen.parts(), cells(found.bare, bare), strict=True):
         for cell in row:
             for place, sigma, table in _tables(found.archive, cell, evaluator, dataset):
-                contents[path / (place if several else place.parent) / f"noise_{_decimals(sigma)}.tsv"] = table
+                contents[path / (place if several else place.parent) / f"noise_{named(sigma)}.tsv"] = table
     listing = root / "digests.txt"
     about = {
         "suite": found.manifest.get("suite"),

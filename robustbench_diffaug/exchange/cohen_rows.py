@@ -63,7 +63,7 @@ class Protocol:
             raise ValueError(f"--sigma {self.sigma:g}: needed is the noise level, above 0, as 0.25")
         if not 0 < self.risk < 0.5:
             raise ValueError(f"--alpha {self.risk:g}: needed is a probability of failure above 0 and below 0.5")
-        for name, count in (("n", self.draws), ("n0", self.n0 or 1)):
+        for name, count in (("n", self.draws), ("n0", 1 if self.n0 is None else self.n0)):
             if not 1 <= count <= MOST_DRAWS:
                 raise ValueError(f"--{name} {count}: needed is a number of draws, 1 to {MOST_DRAWS:,}")
 
@@ -85,7 +85,7 @@ class Protocol:
     @property
     def stated(self) -> dict[str, object]:
         """All values, and the names of those that are assumed."""
-        values = {"sigma": self.sigma, "n0": self.n0 or 100, "n": self.draws, "alpha": self.risk}
+        values = {"sigma": self.sigma, "n0": 100 if self.n0 is None else self.n0, "n": self.draws, "alpha": self.risk}
         return values | {"assumed": [name for name in ("n0", "n", "alpha") if getattr(self, name) is None]}
 
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 from robustbench_diffaug.baselines import BASELINES, Baseline, Errors, mce
 from robustbench_diffaug.component import suggest
 from robustbench_diffaug.exchange import folder
-from robustbench_diffaug.files import atomic
+from robustbench_diffaug.files import apart, atomic
 from robustbench_diffaug.report import tables
 
 __all__ = ["Results", "export_run", "import_run", "lines", "metrics", "read"]
@@ -238,8 +238,9 @@ def export_run(root: Path, path: Path, bench: str = "") -> list[str]:
         The names of the models.
 
     Raises:
-        ValueError: If the run has no such accuracies, or a checkpoint lacks some.
+        ValueError: If the run has no such accuracies, or a checkpoint lacks some, or the file would lie in the run.
     """
+    apart(root, path)
     found = _accuracies(root)
     benches = list(found["bench"].unique())
     if bench:

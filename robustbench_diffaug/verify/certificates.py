@@ -96,7 +96,9 @@ def certificates(run: Recorded) -> Check:
             wrong += [f"{where}: {line}" for line in odd]
             if odd:
                 continue
-            mine = figures[(figures["bench"] == bench.name) & (figures["checkpoint"] == row[0].checkpoint.id)]
+            name = row[0].checkpoint.id
+            name = f"'{name}" if name.startswith(tables.FORMULA_STARTS) else name  # as `tables.to_csv` has it
+            mine = figures[(figures["bench"] == bench.name) & (figures["checkpoint"] == name)]
             for index in range(len(_smoothing(bench).sigmas)):
                 radii += len(found)
                 wrong += [f"{where}: {line}" for line in _level(_smoothing(bench), found, index, mine)]
@@ -111,8 +113,8 @@ def _smoothing(bench: Bench) -> Smoothing:
 
 
 def _figures(run: Recorded) -> pd.DataFrame:
-    """The figures of the file, not those of the records."""
-    return pd.read_csv(run.root / "metrics.csv", keep_default_na=False)
+    """The figures of the file, not those of the records, as text: the names of checkpoints may be numbers."""
+    return pd.read_csv(run.root / "metrics.csv", dtype=str, keep_default_na=False)
 
 
 def _odd(bench: Bench, found: Records) -> Iterator[str]:
@@ -129,10 +131,12 @@ def _odd(bench: Bench, found: Records) -> Iterator[str]:
             what = f"add up to {sums[row, level]}, not {draws}" if sums[row, level] != draws else "are negative"
             yield f"{at}: the votes of {name} {what}"
     levels = found.columns.get("level")
-    if levels is not None and levels.shape == (len(found), len(evaluator.sigmas)):
-        for row, level in np.argwhere(~(levels >= np.array(evaluator.sigmas)))[:20]:
-            at = f"{found['dataset'][row]}, sample {found['sample'][row]}"
-            yield f"{at}: noise of {levels[row, level]:g} certifies no sigma of {evaluator.sigmas[level]:g}"
+    if levels is None or levels.shape != (len(found), len(evaluator.sigmas)):
+        yield f"column level holds no noise of {len(evaluator.sigmas)} levels"
+        return
+    for row, level in np.argwhere(~(levels >= np.array(evaluator.sigmas)))[:20]:
+        at = f"{found['dataset'][row]}, sample {found['sample'][row]}"
+        yield f"{at}: noise of {levels[row, level]:g} certifies no sigma of {evaluator.sigmas[level]:g}"
 
 
 def _level(evaluator: Smoothing, found: Records, index: int, figures: pd.DataFrame) -> Iterator[str]:

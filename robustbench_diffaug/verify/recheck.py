@@ -5,7 +5,7 @@ all that follows from them are found with a probability that can be said.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, comb
 from pathlib import Path
@@ -20,12 +20,11 @@ from torch import Tensor
 from robustbench_diffaug import rng
 from robustbench_diffaug.batch import Limits
 from robustbench_diffaug.data.base import Dataset, Images
-from robustbench_diffaug.engine import Outcome, Task, cells
+from robustbench_diffaug.engine import Outcome, Task, cells, hardware
 from robustbench_diffaug.evaluators.smoothing import Smoothing
 from robustbench_diffaug.executors import local
 from robustbench_diffaug.recorded import Recorded
 from robustbench_diffaug.records import INDEX
-from robustbench_diffaug.runs import hardware
 from robustbench_diffaug.store import Cell, Store
 from robustbench_diffaug.suite import Bench
 from robustbench_diffaug.verify.check import Check, judged
@@ -142,8 +141,24 @@ def parts(run: Recorded, again: Again, store: Store) -> tuple[list[Part], list[s
             except (ValueError, OSError) as error:
                 unseen.append(f"{bench.name} / {dataset.name}: {error}")
                 continue
+            for cell in row:
+                if reason := _unfit(_held(run, cell), dataset):
+                    unseen.append(f"{bench.name} / {cell.checkpoint.id} / {dataset.name}: {reason}")
             found += _parts(run, bench, dataset, row, again, store)
     return found, unseen
+
+
+def _held(run: Recorded, cell: Cell) -> tuple[int, ...]:
+    """The positions in its dataset that a cell has records of."""
+    return tuple(position for first, last, _ in run.archive.files(cell) for position in range(first, last + 1))
+
+
+def _unfit(held: Sequence[int], dataset: Dataset) -> str:
+    """Why records at some positions cannot be evaluated again; empty where they can."""
+    if not held:
+        return "it has no records"
+    size = len(dataset.rows())
+    return "" if held[-1] < size else f"it has records beyond the {size} samples that there are"
 
 
 def _parts(
@@ -152,9 +167,7 @@ def _parts(
     """One part for the cells of a dataset; several where they hold different ranges."""
     alike: dict[tuple[int, ...], list[Cell]] = defaultdict(list)
     for cell in row:
-        files = run.archive.files(cell)
-        held = tuple(position for first, last, _ in files for position in range(first, last + 1))
-        if held and held[-1] < len(dataset.rows()):
+        if not _unfit(held := _held(run, cell), dataset):
             alike[held].append(cell)
     for held, some in alike.items():
         order = rng.permutation(rng.key("recheck", again.seed, bench.name, dataset.name), len(held))
@@ -266,13 +279,18 @@ def _percent(probability: float) -> str:
 
 def _here(run: Recorded, old: Cell, device: str) -> bool:
     """Whether the records of a cell were made on the hardware and versions that are here."""
-    costs = run.archive.costs(old)
+    compiled, last = bool(run.manifest.get("compile", False)), run.manifest.get("hardware")
     made = {
-        (str(cost.get("device")).partition(":")[0], cost.get("torch"), bool(cost.get("compile", False)))
-        for cost in costs
+        (
+            str(cost.get("device")).partition(":")[0],
+            cost.get("torch"),
+            bool(cost.get("compile", False)),
+            cost.get("hardware", last),  # a run that was continued elsewhere has records of both machines
+        )
+        for cost in run.archive.costs(old)
     }
-    here = {(device.partition(":")[0], str(torch.__version__), bool(run.manifest.get("compile", False)))}
-    return made == here and run.manifest.get("hardware") == hardware(device) and same_versions(run)[0]
+    here = {(device.partition(":")[0], str(torch.__version__), compiled, hardware(device))}
+    return made == here and last == hardware(device) and same_versions(run)[0]
 
 
 def _compare(run: Recorded, store: Store, new: Cell, old: Cell, same: bool, found: _Found) -> None:
@@ -280,17 +298,20 @@ def _compare(run: Recorded, store: Store, new: Cell, old: Cell, same: bool, foun
     made, recorded = store.read((new,)).columns, run.archive.read((old,)).columns
     where = f"{old.bench} / {old.checkpoint.id} / {old.dataset.name}"
     votes = VOTES if isinstance(old.evaluator, Smoothing) else ()
-    if not recorded or not made:
-        if bool(recorded) != bool(made):
-            found.wrong.append(f"{where}: rows where there are none, or none where there are")
+    rows, again = _places(recorded), _places(made)
+    for id in new.dataset.opened().ids:  # an image that cannot be decoded has no row in either
+        if (id in rows) != (id in again):
+            what = "recorded, and evaluated again it has no row" if id in rows else "not recorded"
+            found.wrong.append(f"{where}: sample {id} is {what}")
+    if not again:
+        found.unseen.append(f"{where}: none of the chosen images can be decoded")
+    if not rows or not again:
         return
     if list(made) != list(recorded):
         found.wrong.append(f"{where}: its columns are {', '.join(recorded)}, evaluated again {', '.join(made)}")
         return
-    rows = {id: row for row, id in enumerate(recorded["sample"].tolist())}
-    for row, id in enumerate(made["sample"].tolist()):
+    for id, row in again.items():
         if id not in rows:
-            found.wrong.append(f"{where}: sample {id} is not recorded")
             continue
         found.rows += 1
         for name in made:
@@ -298,6 +319,11 @@ def _compare(run: Recorded, store: Store, new: Cell, old: Cell, same: bool, foun
             difference = _votes(*pair, same, found) if name in votes else _difference(name, *pair, same, found)
             if difference:
                 found.wrong.append(f"{where}: sample {id}: {name} {difference}")
+
+
+def _places(columns: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """The row of each sample."""
+    return {id: row for row, id in enumerate(columns["sample"].tolist())} if columns else {}
 
 
 def _difference(name: str, before: np.ndarray, after: np.ndarray, same: bool, found: _Found) -> str:

@@ -1,13 +1,17 @@
 """Images from files, in the formats people have, and corrupted versions of any of them."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from robustbench_diffaug import rng
+from robustbench_diffaug.data.base import BadImage
+from robustbench_diffaug.data.cifar import CifarC, CifarCPart
 from robustbench_diffaug.data.corrupted import Corrupted, Corruptions
 from robustbench_diffaug.data.corruptions import corrupt
 from robustbench_diffaug.data.embedded import Mnist5k
@@ -103,6 +107,41 @@ def test_hidden_files_are_no_images(tmp_path: Path) -> None:
     assert source.read([0])[1].tolist() == [0]
 
 
+def test_no_program_is_started_for_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PIL hands EPS to Ghostscript, whatever the file is called."""
+    started: list[object] = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *words, **more: started.append(words))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with pytest.raises(BadImage, match=r"x\.jpg is not a readable image"):
+        Folder(name="f", root=str(tmp_path)).opened()
+    assert not started
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "((((",
+        "{[]: 1}",
+        "  x\n y",
+        "'''",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (10000000000000000000000,), }",
+    ],
+)
+def test_damaged_headers_are_refused_in_one_line(header: str, tmp_path: Path) -> None:
+    padded = header.encode() + b" " * (117 - len(header)) + b"\n"
+    for name in ("images", "labels", "fog"):
+        (tmp_path / f"{name}.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + padded + bytes(100))
+    with pytest.raises(ValueError, match=r"images\.npy is not an npy file that can be mapped") as caught:
+        Arrays(name="a", images=str(tmp_path / "images.npy"), labels=str(tmp_path / "labels.npy")).open()
+    assert type(caught.value) is ValueError
+    with pytest.raises(ValueError, match=r"fog\.npy is not a whole npy file") as caught:
+        CifarCPart(name="c", root=str(tmp_path), corruption="fog").open()
+    assert type(caught.value) is ValueError
+
+
 def test_arrays_of_the_other_byte_order(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=(PIXELS / 255).astype(">f4"), labels=LABELS.astype(">i2"))
     found, labels = Arrays(name="a", file=str(tmp_path / "a.npz")).opened().read([1, 2])
@@ -117,6 +156,17 @@ def test_class_folders_cannot_lead_away(tmp_path: Path) -> None:
     for name in ("../outside", "link", str(tmp_path / "outside"), ".", ""):
         with pytest.raises(ValueError, match="no folder of class"):
             Folder(name="f", root=str(tmp_path / "root"), folders=(name,)).open()
+    with pytest.raises(ValueError, match="link; a link that leads elsewhere is none"):
+        Folder(name="f", root=str(tmp_path / "root")).open()
+
+
+def test_severities_of_a_grid_are_checked_where_they_stand() -> None:
+    for make in (
+        lambda: CifarC(name="c", root="none", severities=(0, 5)),
+        lambda: Corruptions(base=Mnist5k(), corruptions=("fog",), constants="imagenet-c", severities=(6,)),
+    ):
+        with pytest.raises(ValidationError, match="severities"):
+            make()
 
 
 def test_a_grid_stands_for_its_parts() -> None:

@@ -316,6 +316,10 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     assert "has sha256" in refusal(good, sha256="0" * 64)
     assert "is a folder" in refusal(tmp_path)
     assert "there is no" in refusal(tmp_path / "absent.pt")
+    with pytest.raises(ValueError, match=r"there is no .*absent\.pt"):  # known before a run, without loading it
+        Adm(weights=Weights(uri=str(tmp_path / "absent.pt"), sha256="0" * 64), config=flags("plain")).check()
+    with pytest.raises(ValueError, match="has sha256"):
+        Adm(weights=Weights(uri=str(good), sha256="0" * 64), config=flags("plain")).check()
     right = Weights(uri=str(good)).contents()
     Adm(weights=Weights(uri=str(good), sha256=right), config=flags("plain")).load(torch.device("cpu"))
 

@@ -1,6 +1,7 @@
 """The shift evaluator against an independent loop, and its figures by hand."""
 
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from robustbench_diffaug.checkpoints.bayes import Bayes
 from robustbench_diffaug.data.corruptions import COMMON
 from robustbench_diffaug.data.synthetic import Mixture
 from robustbench_diffaug.diffusion.adaptation import Adaptation, low_pass
+from robustbench_diffaug.diffusion.adm import Adm
 from robustbench_diffaug.diffusion.gaussian import MixtureDenoiser
 from robustbench_diffaug.diffusion.samplers import dpm_solver_2
 from robustbench_diffaug.diffusion.unet import UNet
 from robustbench_diffaug.evaluators.shift import Shift
 from robustbench_diffaug.evaluators.shift_metrics import against_checkpoints, against_published
+from robustbench_diffaug.files import Weights
 from robustbench_diffaug.records import Declared, Metric, Records
 
 
@@ -133,6 +136,22 @@ def test_settings_are_checked() -> None:
         Shift(modes=("dda",), denoiser=MixtureDenoiser(), dda=Adaptation(respacing=2000)).check()
 
 
+def test_a_learned_variance_is_asked_for_before_a_run() -> None:
+    ddpm = UNet(folder="rdiff:zoo/mnist5k-ddpm")
+    with pytest.raises(ValueError, match="no learned variance; give dda variance: small"):
+        Shift(modes=("dda",), denoiser=ddpm).check()
+    Shift(modes=("dda",), denoiser=ddpm, dda=Adaptation(variance="small")).check()
+    Shift(modes=("dda",), denoiser=Adm(weights=Weights(uri="none.pt"), architecture="imagenet-256")).check()
+
+
+def test_only_the_ensemble_is_told_classes() -> None:
+    told = Adm(weights=Weights(uri="none.pt"), architecture="imagenet-64-class")
+    Shift(modes=("default", "de"), denoiser=told, mixing=1).check()
+    for more in ({"mixing": 0.5}, {"modes": ("de", "dda"), "mixing": 1}):
+        with pytest.raises(ValueError, match="needs the class of each image"):
+            Shift.model_validate({"modes": ("de",), "denoiser": told, **more}).check()
+
+
 def test_adaptation_is_an_independent_loop_on_the_same_noise() -> None:
     """Ancestral steps by diffusers' scheduler, and the gradient of one image's norm at a time."""
     settings, denoiser, batch = Adaptation(N=4, respacing=20, variance="small"), MixtureDenoiser(), a_batch()
@@ -196,6 +215,22 @@ def test_a_subset_of_classes_is_reported_beside_all() -> None:
     assert whole["other_pred"].tolist() == [3, 1]
     with pytest.raises(ValueError, match="without a label"):
         Shift().record({"t=0": [{"logits": logits}]}, replace(batch, labels=torch.tensor([3, -1])))
+
+
+def test_each_class_space_is_told_of_its_own_datasets() -> None:
+    declared = (Declared("s", "s", "r", 0, 2, 2, 200, "subset"), Declared("f", "f", "r", 0, 2, 2, 200, "full"))
+    columns = {
+        "dataset": np.array(["s", "s", "f", "f"]),
+        "origin": np.array(["s", "s", "f", "f"]),
+        "sample": np.array(["0", "1", "0", "1"]),
+        "label": np.zeros(4, dtype=np.int64),
+        "pred": np.zeros(4, dtype=np.int64),
+        "other_pred": np.array([0, 0, 0, 1]),
+        **{name: np.full(4, 0.5) for name in ("confidence", "entropy", "nll", "brier")},
+    }
+    found = {figure.name: figure for figure in Shift().metrics(Records(columns, declared))}
+    assert found["accuracy/r/classes=full"].value == 1
+    assert found["accuracy/r/classes=subset"].value == 0.5
 
 
 def test_ensembles_of_other_steps() -> None:
@@ -270,9 +305,54 @@ def test_a_checkpoint_as_baseline() -> None:
         list(against_checkpoints(("n", "b"), {"n": never, "b": never}.__getitem__, ("default",), ("n",)))
 
 
+def without(records: Records, dataset: str) -> Records:
+    """The records before a dataset was measured."""
+    kept = records["dataset"] != dataset
+    return replace(records, columns={name: column[kept] for name, column in records.columns.items()})
+
+
+def test_a_run_that_is_not_finished_has_no_mce_yet() -> None:
+    """Of the last corruption all severities but one are there; and clean images are there, but not of these."""
+    whole = of_errors({version: [1, 0, 1, 1] for version in ALL}, [0, 1, 0, 0])
+    names = ("hendrycks-alexnet",)
+    assert len(list(against_published(whole, ("default",), names))) == 2
+    assert not list(against_published(without(whole, "jpeg_compression@s5"), ("default",), names))
+    (figure,) = against_published(without(whole, "c"), ("default",), names)
+    assert figure.name == "mce/hendrycks-alexnet"
+    later = {**whole.columns, "sample": np.where(whole["dataset"] == "c", "later", whole["sample"])}
+    assert len(list(against_published(replace(whole, columns=later), ("default",), names))) == 1
+    by_id = {"a": without(whole, "fog@s5"), "b": whole}
+    for base in ("a", "b"):
+        found = list(against_checkpoints(("a", "b"), by_id.__getitem__, ("default",), (base,)))
+        assert {id for id, _ in found} <= {base}
+
+
+def test_other_corruptions_leave_the_mce_as_it_is() -> None:
+    whole = {version: [1, 0, 1, 1] for version in ALL}
+    records = of_errors({**whole, ("my_own", 5): [1, 1, 1, 1]}, [0, 1, 0, 0])
+    (mce, relative), (same, alike) = (
+        against_published(found, ("default",), ("robustbench-alexnet",))
+        for found in (records, of_errors(whole, [0, 1, 0, 0]))
+    )
+    assert (mce.value, relative.value) == (same.value, alike.value)
+    found = dict(against_checkpoints(("a",), {"a": records}.__getitem__, ("default",), ("a",)))
+    assert found["a"].value == 1
+
+
+def test_a_relative_mce_that_is_not_defined_comes_after_all_others() -> None:
+    records = of_errors({("fog", 5): [1, 0, 0, 0]}, [1, 0, 0, 0])
+    figures = against_checkpoints(("a", "b"), {"a": records, "b": records}.__getitem__, ("default",), ("a", "b"))
+    found = [(id, figure.name) for id, figure in islice(figures, 4)]
+    assert found == [("a", "mce/a"), ("b", "mce/a"), ("a", "mce/b"), ("b", "mce/b")]
+    with pytest.raises(ValueError, match="no more than on clean images"):
+        next(figures)
+
+
 def test_baselines_must_fit_the_bench() -> None:
     with pytest.raises(ValueError, match="74 are missing: gaussian_noise@s1"):
         Shift(baselines=("hendrycks-alexnet",)).fits([Mixture(group="gaussian_noise", severity=5)], ["a"])
     with pytest.raises(ValueError, match="did you mean resnet"):
         Shift(baselines=("resnat",)).fits([], ["resnet"])
     Shift(baselines=("resnet",)).fits([], ["resnet"])
+    unnamed = [Mixture(name=c, severity=s) for c, s in ALL]  # a group that is left out is the name
+    Shift(baselines=("hendrycks-alexnet",)).fits(unnamed, ["a"])

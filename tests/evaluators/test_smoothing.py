@@ -172,6 +172,13 @@ def test_alpha_is_read_by_metrics_alone() -> None:
     assert loose["acr"] > strict["acr"] > 0
 
 
+class Told(MixtureDenoiser):
+    """A denoiser that must be told the class."""
+
+    def unconditional(self) -> bool:
+        return False
+
+
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValidationError, match="n must be at least 10"):
         Smoothing(n=9, alpha=0.001)
@@ -194,7 +201,11 @@ def test_impossible_settings_are_refused() -> None:
     batch = images_of(2)
     unlabelled = Batch(batch.dataset, batch.ids, batch.images, torch.tensor([0, -1]), 0, batch.limits)
     with pytest.raises(ValueError, match="m has images without a label"):
-        evaluated(Smoothing(sigmas=(0.5,), n0=4, n=16), Bayes(id="b", classes=4).loaded(Limits()), unlabelled)
+        next(iter(Smoothing(sigmas=(0.5,), n0=4, n=16).views(unlabelled)))  # before anything is spent on them
+    with pytest.raises(ValidationError, match="repeats a level, to the six digits"):
+        Smoothing(sigmas=(0.2500001, 0.2500002))
+    with pytest.raises(ValueError, match="needs the class of each image; give an unconditional one"):
+        Smoothing(sigmas=(0.5,), n0=4, n=16, denoiser=Told()).check()
 
 
 # --- packing ---------------------------------------------------------------------------------------------------------

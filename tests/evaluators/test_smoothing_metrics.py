@@ -62,10 +62,14 @@ def test_names_are_few_and_regular() -> None:
 
 
 @pytest.mark.parametrize(
-    ("radius", "name"), [(0.0, "0.00"), (0.5, "0.50"), (0.125, "0.125"), (1.0, "1.00"), (12.0, "12.00")]
+    ("radius", "name"),
+    [(0.0, "0.00"), (0.5, "0.50"), (0.125, "0.125"), (1.0, "1.00"), (12.0, "12.00")]
+    + [(1e-5, "1e-05"), (1 / 3, "0.3333333333333333"), (0.1234567, "0.1234567")],
 )
 def test_radii_in_names(radius: float, name: str) -> None:
+    """Names tell radii apart, and `rdiff verify` takes the radius from them."""
     assert named(radius) == name
+    assert float(name) == radius
 
 
 def test_curves_against_the_definition() -> None:
@@ -147,7 +151,16 @@ def test_the_half_does_not_depend_on_the_checkpoint_and_keeps_versions_together(
     twice["dataset"] = np.array(["d"] * 30 + ["e"] * 30)
     both = Records(twice, (*rows.declared, Declared("e", "d", "clean", 0, 30, 60)), 3)
     figures = found(evaluator(), both)
-    assert figures[ALL, "certified-selected@0.50"].n == 30  # 15 images, each twice
+    assert figures[ALL, "certified-selected@0.50"].n == 15  # images, each twice
+    once = found(evaluator(), rows)
+    for of, figure in figures.items():
+        if not of[1].startswith(("certified-lower", "sigma-", "certified-selected")):
+            assert figure.value == pytest.approx(once[of].value)
+            assert (figure.n, once[of].n) == (30, 30)
+            # Versions that say the same are no news: the interval is that of as many images.
+            apart = 0.02 if of[1] == "acr" else 1e-9  # which has other resamples
+            if not of[1].startswith("certified-band"):
+                assert (figure.low, figure.high) == pytest.approx((once[of].low, once[of].high), abs=apart)
     other = Records(dict(rows.columns) | {"estimate": rows["estimate"][::-1]}, rows.declared, 3)
     assert {f.n for (_, name), f in found(evaluator(), other).items() if name.startswith("certified-selected")} == {15}
     one = drawn(1)
@@ -205,6 +218,8 @@ def test_the_band_holds_along_the_whole_curve() -> None:
     assert outside > 0
     assert pointwise > 60  # which is why a band is needed
     assert band(np.arange(50) < 20).high - 0.4 == pytest.approx(sqrt(log(40) / 100))
+    versions = np.concatenate([np.arange(50), np.arange(50)])
+    assert band(versions < 20, versions).high - 0.4 == pytest.approx(sqrt(log(80) / 100))
 
 
 def test_what_has_no_interval_says_so() -> None:

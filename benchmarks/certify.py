@@ -34,7 +34,8 @@ from robustbench_diffaug.batch import Limits
 from robustbench_diffaug.data.embedded import Mnist5k
 from robustbench_diffaug.diffusion.unet import UNet
 from robustbench_diffaug.engine import Task, run, settle
-from robustbench_diffaug.evaluators.smoothing import Smoothing, certify
+from robustbench_diffaug.evaluators.certificates import certify
+from robustbench_diffaug.evaluators.smoothing import Smoothing
 from robustbench_diffaug.files import path_of
 from robustbench_diffaug.runs import Options, tasks_of
 from robustbench_diffaug.suite import Bench, Loaded, Suite, load

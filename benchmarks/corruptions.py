@@ -56,8 +56,8 @@ def main() -> None:
     cv2.setNumThreads(1)
     textures = Path(imagecorruptions.__file__).parent / "frost"
     read = {path.name: cv2.imread(str(path)) for path in textures.iterdir()}
-    cv2.imread = lambda path: read[Path(path).name]  # type: ignore[assignment]
-    photograph = Image.fromarray(astronaut())  # type: ignore[no-untyped-call]
+    cv2.imread = lambda path: read[Path(path).name]  # type: ignore[assignment]  # frost is given its textures from memory
+    photograph = Image.fromarray(astronaut())  # type: ignore[no-untyped-call]  # scikit-image has no types
     sums = np.zeros(2 * len(BATCHES))
     heads = (f"{f'ours {side}':>12}{f'imaug {side}':>12}{'ratio':>8}" for side in BATCHES)
     print(f"{'ms per image':20}" + "".join(heads))

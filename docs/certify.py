@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from written import interval, table
 
 from robustbench_diffaug import paired
 from robustbench_diffaug.engine import cells
@@ -27,12 +28,6 @@ PAIRS = [
 ]
 
 
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
 def main(run: Path) -> None:
     metrics = pd.read_csv(run / "metrics.csv")
     manifest = json.loads((run / "manifest.json").read_text())
@@ -44,10 +39,7 @@ def main(run: Path) -> None:
     radii = sorted(found, key=float)
 
     def cell(name: str, group: str, metric: str, scale: float = 100, digits: int = 1) -> str:
-        value, low, high = (
-            f"{at.loc[(name, group, metric), key] * scale:.{digits}f}" for key in ("value", "low", "high")
-        )
-        return f"{value} [{low}, {high}]"
+        return interval(*at.loc[(name, group, metric), ["value", "low", "high"]], scale, digits)
 
     images = int(bench["n"].iloc[0])
     parts = [

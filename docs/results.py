@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from written import interval, table
 
 SHIFT = {
     "clean": "accuracy/clean",
@@ -23,15 +24,8 @@ RADII = ("0.00", "0.125", "0.25", "0.375", "0.50", "0.75", "1.00")
 
 
 def cell(row: pd.Series, scale: float = 100, digits: int = 1) -> str:
-    """A value with its interval."""
-    value, low, high = (f"{row[name] * scale:.{digits}f}" for name in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    """A figure with its interval."""
+    return interval(row["value"], row["low"], row["high"], scale, digits)
 
 
 def main(run: Path) -> None:

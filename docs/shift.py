@@ -14,16 +14,11 @@ from pathlib import Path
 
 import pandas as pd
 from scipy.stats import spearmanr
+from written import interval, table
 
 HERE = Path(__file__).parent
 MODES = {"dda": "DDA", "dda-se": "DDA-SE", "de": "DE", "default": "plain"}
 SETS = {"c": "accuracy/mean", "test": "accuracy/clean"}
-
-
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def name_of(mode: str, metric: str) -> str:
@@ -55,11 +50,9 @@ def main(run: Path) -> None:
     values = pd.DataFrame({c: [100 * metrics.loc[(n, m), "value"] for n in names] for c, m in columns.items()}, names)
 
     def cell(name: str, column: str) -> str:
-        value, low, high = (
-            f"{100 * metrics.loc[(name, columns[column]), key]:.1f}" for key in ("value", "low", "high")
-        )
+        shown = interval(*metrics.loc[(name, columns[column]), ["value", "low", "high"]])
         beside = f" ({published.loc[name, column]:.1f})" if name in published.index else ""
-        return f"{value} [{low}, {high}]{beside}"
+        return f"{shown}{beside}"
 
     images = int(metrics.loc[(names[0], "accuracy/clean"), "n"])
     parts = [

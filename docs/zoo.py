@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from written import interval, table
 
 from robustbench_diffaug import paired
 from robustbench_diffaug.engine import cells
@@ -35,18 +36,6 @@ PAIRS = [
     ("resnet-synth+diffaug", "resnet-synth"),
     ("resnet-synth", "resnet-standard"),
 ]
-
-
-def cell(estimate: tuple[float, float, float]) -> str:
-    """A value with its interval, in percent."""
-    value, low, high = (f"{100 * number:.1f}" for number in estimate)
-    return f"{value} [{low}, {high}]"
-
-
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def records_of(run: Path, extra: tuple[Path, ...]) -> dict[str, Records]:
@@ -78,7 +67,7 @@ def main(run: Path, *extra: str) -> None:
         "image), of the one network that is shipped; what another training seed would change stands below.\n"
     )
     rows = [
-        [name, *(cell(tuple(metrics.loc[(name, metric), ["value", "low", "high"]])) for metric in COLUMNS.values())]
+        [name, *(interval(*metrics.loc[(name, metric), ["value", "low", "high"]]) for metric in COLUMNS.values())]
         for name in shipped
     ]
     parts.append(table(["network", *COLUMNS], rows) + "\n")
@@ -89,7 +78,7 @@ def main(run: Path, *extra: str) -> None:
         for ensemble in (False, True):
             after, before = hits(found[better], ensemble), hits(found[worse], ensemble)
             clusters, key = found[better].clusters(), found[better].key("zoo", better, worse)
-            row.append(cell(tuple(paired.paired_difference(after, before, clusters, key))[:3]))
+            row.append(interval(*paired.paired_difference(after, before, clusters, key)[:3]))
         rows.append(row)
     parts.append("## Differences on the ten corruptions, in points, paired by image\n")
     parts.append(table(["difference", "plain", "DE"], rows) + "\n")

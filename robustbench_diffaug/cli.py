@@ -3,11 +3,13 @@
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from robustbench_diffaug.flags import FILE, RUN_FLAGS, SUITE_FLAGS, flag
 
 if TYPE_CHECKING:
     from robustbench_diffaug.runs import Options
@@ -15,43 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-F = TypeVar("F", bound=Callable[..., Any])
-FILE = click.Path(path_type=Path)
 TABLES = click.Choice(["imagenet-c", "cifar-c"])
-
-
-def _flag(*names: str, **more: Any) -> Callable[[F], F]:
-    """An option that is also the environment variable RDIFF_<NAME>."""
-    variable = "RDIFF_" + names[0].removeprefix("--").replace("-", "_").upper()
-    return click.option(*names, envvar=variable, show_default=True, **more)
-
-
-def _flags(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    def decorate(function: F) -> F:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
-
-
-SUITE_FLAGS = _flags(
-    _flag("--with", "extra", type=FILE, multiple=True, help="A YAML file with more checkpoint entries."),
-    _flag("--set", "settings", multiple=True, metavar="A.B=VALUE", help="Replaces a value of the suite."),
-    _flag("--limit", "-L", type=click.IntRange(1), help="At most so many samples of each dataset."),
-    _flag("--seed", type=click.IntRange(0, 10**18 - 1), help="Of all noise, instead of the suite's."),
-    _flag("--data-dir", type=FILE, help="Where relative paths of datasets start."),
-    _flag("--trust", is_flag=True, help="Lets the suite name code of yours, which then runs."),
-    _flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error."),
-)
-RUN_FLAGS = _flags(
-    _flag("--output", "-o", type=FILE, help="The run folder; default reports/<suite name>."),
-    _flag("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
-    _flag("--batch-size", "-b", type=click.IntRange(1), default=128, help="Samples read together; changes no result."),
-    _flag("--executor", type=click.Choice(["local", "processes"]), help="Default: processes if --workers is above 1."),
-    _flag("--workers", type=click.IntRange(1, 256), default=1, help="Processes."),
-    _flag("--compile", is_flag=True, help="Networks go through torch.compile; may change last digits."),
-)
 
 
 @click.group(
@@ -74,7 +40,7 @@ def cli() -> None:
 @click.argument("suite")
 @SUITE_FLAGS
 @RUN_FLAGS
-@_flag("--quiet", "-q", is_flag=True, help="Shows no progress.")
+@flag("--quiet", "-q", is_flag=True, help="Shows no progress.")
 def run(suite: str, quiet: bool, **flags: Any) -> int:
     """Runs what is missing of SUITE, then writes metrics and the report."""
     from robustbench_diffaug import runs, terminal
@@ -97,7 +63,7 @@ def run(suite: str, quiet: bool, **flags: Any) -> int:
 @click.argument("suite")
 @SUITE_FLAGS
 @RUN_FLAGS
-@_flag("--probe", is_flag=True, help="Times a few samples; says how long it will take and in how much memory.")
+@flag("--probe", is_flag=True, help="Times a few samples; says how long it will take and in how much memory.")
 def plan(suite: str, probe: bool, **flags: Any) -> int:
     """Shows what `run` would do: cells, network forwards, what is there already, and the radii within reach."""
     from robustbench_diffaug import runs, terminal
@@ -106,7 +72,8 @@ def plan(suite: str, probe: bool, **flags: Any) -> int:
     loaded = _load(suite, flags)
     options = _options(loaded, flags)
     runs.own(options.root, loaded.suite)
-    check(loaded)
+    for warning in check(loaded):
+        click.echo(f"warning: {warning}", err=True)
     for line in terminal.plan(loaded.suite, runs.tasks_of(loaded, options), options, probe):
         click.echo(line)
     return 0
@@ -131,11 +98,11 @@ def validate(suite: str, **flags: Any) -> int:
 
 @cli.command()
 @click.argument("runs", metavar="RUN", type=FILE, nargs=-1, required=True)
-@_flag("--output", "-o", type=FILE, help="Where the report goes; default: it replaces that of RUN.")
-@_flag("--set", "settings", multiple=True, metavar="A.B=VALUE", help="As alpha or radii; the report names it.")
-@_flag("--format", "formats", default="html,csv", help="Formats, with commas between: html, csv.")
-@_flag("--trust", is_flag=True, help="Lets the lock of RUN name code of yours, which then runs.")
-@_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
+@flag("--output", "-o", type=FILE, help="Where the report goes; default: it replaces that of RUN.")
+@flag("--set", "settings", multiple=True, metavar="A.B=VALUE", help="As alpha or radii; the report names it.")
+@flag("--format", "formats", default="html,csv", help="Formats, with commas between: html, csv.")
+@flag("--trust", is_flag=True, help="Lets the lock of RUN name code of yours, which then runs.")
+@flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
 def report(runs: tuple[Path, ...], output: Path | None, settings: tuple[str, ...], formats: str, **flags: Any) -> int:
     """Computes metrics, leaderboard and page of the folder RUN again, from its records alone."""
     from robustbench_diffaug import runs as running
@@ -158,13 +125,13 @@ def report(runs: tuple[Path, ...], output: Path | None, settings: tuple[str, ...
 
 @cli.command()
 @click.argument("run", type=FILE)
-@_flag("--recheck", metavar="SHARE", help="Evaluates such a share of the samples again, as 1%.")
-@_flag("--seed", type=click.IntRange(0, 10**18 - 1), help="Chooses the samples; default: one that nobody can foresee.")
-@_flag("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-@_flag("--data-dir", type=FILE, help="Where files of datasets are, if they are not where they were.")
-@_flag("--trust", is_flag=True, help="Lets the lock of RUN name code of yours, which then runs.")
-@_flag("--quiet", "-q", is_flag=True, help="Shows no progress.")
-@_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
+@flag("--recheck", metavar="SHARE", help="Evaluates such a share of the samples again, as 1%.")
+@flag("--seed", type=click.IntRange(0, 10**18 - 1), help="Chooses the samples; default: one that nobody can foresee.")
+@flag("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@flag("--data-dir", type=FILE, help="Where files of datasets are, if they are not where they were.")
+@flag("--trust", is_flag=True, help="Lets the lock of RUN name code of yours, which then runs.")
+@flag("--quiet", "-q", is_flag=True, help="Shows no progress.")
+@flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
 def verify(run: Path, recheck: str | None, seed: int | None, quiet: bool, **flags: Any) -> int:
     """Checks the folder RUN: digests, settings, records, certificates, every figure; 1 if anything is wrong."""
     import secrets
@@ -185,14 +152,14 @@ def verify(run: Path, recheck: str | None, seed: int | None, quiet: bool, **flag
 
 @cli.command()
 @click.argument("recipe")
-@_flag("--output", "-o", type=FILE, help="Where the results go; default trained/<recipe name>.")
-@_flag("--set", "settings", multiple=True, metavar="A.B=VALUE", help="Replaces a value of the recipe.")
-@_flag("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-@_flag("--data-dir", type=FILE, help="Where relative paths of datasets start.")
-@_flag("--tensorboard", is_flag=True, help="Writes events for TensorBoard too.")
-@_flag("--trust", is_flag=True, help="Lets the recipe name code of yours, which then runs.")
-@_flag("--quiet", "-q", is_flag=True, help="Shows no progress.")
-@_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
+@flag("--output", "-o", type=FILE, help="Where the results go; default trained/<recipe name>.")
+@flag("--set", "settings", multiple=True, metavar="A.B=VALUE", help="Replaces a value of the recipe.")
+@flag("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@flag("--data-dir", type=FILE, help="Where relative paths of datasets start.")
+@flag("--tensorboard", is_flag=True, help="Writes events for TensorBoard too.")
+@flag("--trust", is_flag=True, help="Lets the recipe name code of yours, which then runs.")
+@flag("--quiet", "-q", is_flag=True, help="Shows no progress.")
+@flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
 def train(recipe: str, output: Path | None, device: str, quiet: bool, tensorboard: bool, **flags: Any) -> int:
     """Trains the network of RECIPE, a YAML file or the name of a built-in one; continues if it was stopped.
 
@@ -213,17 +180,17 @@ def train(recipe: str, output: Path | None, device: str, quiet: bool, tensorboar
 
 @cli.command()
 @click.argument("dataset", type=FILE)
-@_flag("--output", "-o", type=FILE, required=True, help="The folder of the copy.")
-@_flag("--corruption", "corruptions", multiple=True, help="Its name, can be repeated. Default: the 15 common ones.")
-@_flag("--severity", "severities", type=click.IntRange(1, 5), multiple=True, help="Can be repeated. Default: all.")
-@_flag("--format", "form", type=TABLES, default="imagenet-c", help="Folders of JPEG files, or npy arrays.")
-@_flag("--constants", type=TABLES, help="The table of strengths; default: of the same name as the format.")
-@_flag("--draw", type=int, default=0, help="Another number gives other random streams.")
-@_flag("--textures", type=FILE, help="The folder of frost's official textures; without it they are drawn.")
-@_flag("--data-dir", type=FILE, help="Where relative paths of the dataset start.")
-@_flag("--trust", is_flag=True, help="Lets the file name code of yours, which then runs.")
-@_flag("--quiet", "-q", is_flag=True, help="Shows no progress.")
-@_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
+@flag("--output", "-o", type=FILE, required=True, help="The folder of the copy.")
+@flag("--corruption", "corruptions", multiple=True, help="Its name, can be repeated. Default: the 15 common ones.")
+@flag("--severity", "severities", type=click.IntRange(1, 5), multiple=True, help="Can be repeated. Default: all.")
+@flag("--format", "form", type=TABLES, default="imagenet-c", help="Folders of JPEG files, or npy arrays.")
+@flag("--constants", type=TABLES, help="The table of strengths; default: of the same name as the format.")
+@flag("--draw", type=int, default=0, help="Another number gives other random streams.")
+@flag("--textures", type=FILE, help="The folder of frost's official textures; without it they are drawn.")
+@flag("--data-dir", type=FILE, help="Where relative paths of the dataset start.")
+@flag("--trust", is_flag=True, help="Lets the file name code of yours, which then runs.")
+@flag("--quiet", "-q", is_flag=True, help="Shows no progress.")
+@flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
 def corrupt(dataset: Path, output: Path, quiet: bool, **flags: Any) -> int:
     """Writes a corrupted copy of DATASET, a YAML file with one dataset entry; continues if it was stopped."""
     from rich.console import Console
@@ -256,7 +223,7 @@ def corrupt(dataset: Path, output: Path, quiet: bool, **flags: Any) -> int:
 
 @cli.command()
 @click.argument("what", type=click.Choice(["checkpoints", "denoisers", "datasets", "evaluators", "suites", "recipes"]))
-@_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
+@flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
 def ls(what: str, verbose: bool) -> int:
     """Lists what is installed: kinds and where they come from, built-in suites, recipes and trained networks."""
     from robustbench_diffaug import listing
@@ -269,15 +236,15 @@ def ls(what: str, verbose: bool) -> int:
 @cli.command("import")
 @click.argument("format", type=click.Choice(["robustbench", "cohen"]))
 @click.argument("path", type=FILE)
-@_flag("--output", "-o", type=FILE, required=True, help="The run folder; its name is the suite's.")
-@_flag("--baseline", "baselines", multiple=True, help="robustbench: what mCE is relative to, if not its AlexNet.")
-@_flag("--sigma", type=float, help="cohen: the noise level of the certificates; needed.")
-@_flag("--n", type=int, help="cohen: draws of an estimate, if not certify.py's 100,000.")
-@_flag("--n0", type=int, help="cohen: draws of a selection, if not certify.py's 100.")
-@_flag("--alpha", type=float, help="cohen: the probability of a false certificate, if not certify.py's 0.001.")
-@_flag("--radius", "radii", type=float, multiple=True, help="cohen: of certified accuracy. Default: steps of 0.25.")
-@_flag("--checkpoint", help="cohen: the name of what was certified; default: the file's.")
-@_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
+@flag("--output", "-o", type=FILE, required=True, help="The run folder; its name is the suite's.")
+@flag("--baseline", "baselines", multiple=True, help="robustbench: what mCE is relative to, if not its AlexNet.")
+@flag("--sigma", type=float, help="cohen: the noise level of the certificates; needed.")
+@flag("--n", type=int, help="cohen: draws of an estimate, if not certify.py's 100,000.")
+@flag("--n0", type=int, help="cohen: draws of a selection, if not certify.py's 100.")
+@flag("--alpha", type=float, help="cohen: the probability of a false certificate, if not certify.py's 0.001.")
+@flag("--radius", "radii", type=float, multiple=True, help="cohen: of certified accuracy. Default: steps of 0.25.")
+@flag("--checkpoint", help="cohen: the name of what was certified; default: the file's.")
+@flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
 def import_(format: str, path: Path, output: Path, baselines: tuple[str, ...], verbose: bool, **flags: Any) -> int:
     """Makes a run folder of PATH, figures of another tool: robustbench, accuracies; cohen, certificates.
 
@@ -307,11 +274,11 @@ def import_(format: str, path: Path, output: Path, baselines: tuple[str, ...], v
 @cli.command()
 @click.argument("format", type=click.Choice(["robustbench", "cohen"]))
 @click.argument("run", type=FILE)
-@_flag("--output", "-o", type=FILE, required=True, help="The file to write; of cohen, the folder.")
-@_flag("--bench", default="", help="Which bench, where several would do.")
-@_flag("--set", "settings", multiple=True, metavar="A.B=VALUE", help="cohen: another alpha, as in rdiff report.")
-@_flag("--trust", is_flag=True, help="cohen: lets the run's suite name code of yours, which then runs.")
-@_flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
+@flag("--output", "-o", type=FILE, required=True, help="The file to write; of cohen, the folder.")
+@flag("--bench", default="", help="Which bench, where several would do.")
+@flag("--set", "settings", multiple=True, metavar="A.B=VALUE", help="cohen: another alpha, as in rdiff report.")
+@flag("--trust", is_flag=True, help="cohen: lets the run's suite name code of yours, which then runs.")
+@flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
 def export(format: str, run: Path, output: Path, bench: str, settings: tuple[str, ...], **flags: Any) -> int:
     """Writes figures of the folder RUN as another tool has them.
 

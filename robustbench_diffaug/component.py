@@ -27,6 +27,7 @@ from pydantic_core import PydanticCustomError
 
 __all__ = [
     "Component",
+    "Later",
     "Options",
     "Outside",
     "Value",
@@ -42,6 +43,10 @@ __all__ = [
 
 class Outside:
     """Marks a field on which records do not depend: `alpha: Annotated[float, Outside] = 0.001`."""
+
+
+class Later:
+    """Marks a field that came after records were made: while it has its default, records do not depend on it."""
 
 
 def _freeze(value: object) -> object:
@@ -132,9 +137,16 @@ class Value(BaseModel):
         return ""
 
     def identity(self) -> dict[str, object]:
-        """What records depend on: the contents, and all fields, recursively, but those marked `Outside`."""
-        fields = type(self).model_fields.items()
-        kept = {name: _identity(getattr(self, name)) for name, field in fields if Outside not in field.metadata}
+        """What records depend on: the contents, and all fields, recursively.
+
+        Fields marked `Outside` are left out, and those marked `Later` while they have their default.
+        """
+        kept = {
+            name: _identity(value)
+            for name, field in type(self).model_fields.items()
+            if Outside not in field.metadata
+            and ((value := getattr(self, name)) != field.default or Later not in field.metadata)
+        }
         contents = self.contents()
         return {**kept, "contents": contents} if contents else kept
 

@@ -29,7 +29,7 @@ class Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """As SafeLoader does, after a look for tags."""
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML's stub lacks its type
         if getattr(event, "tag", None) is not None:
             problem = f"tag {event.tag} is not allowed; write the plain value"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)

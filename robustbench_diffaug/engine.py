@@ -11,8 +11,9 @@ import torch
 
 from robustbench_diffaug.batch import Batch, Columns, Limits, View
 from robustbench_diffaug.checkpoints.model import Model
-from robustbench_diffaug.data.base import BadImage, Dataset
+from robustbench_diffaug.data.base import BadImage, Dataset, undecodable
 from robustbench_diffaug.evaluators.base import Evaluator, Forwards
+from robustbench_diffaug.files import Missing
 from robustbench_diffaug.records import to_table
 from robustbench_diffaug.store import Cell, Store, of_nothing, with_skipped
 from robustbench_diffaug.suite import Bench, Suite
@@ -204,7 +205,7 @@ def _batches(task: Task, skipped: list[tuple[str, str]]) -> Iterator[Batch]:
         try:
             images, labels = source.read(chosen)
         except BadImage as error:
-            bad = _undecodable(dataset, chosen)
+            bad = undecodable(source, chosen)
             if dataset.on_bad_image == "fail" or not bad:
                 count = f"{max(1, len(bad))} of the {len(chosen)} images read together cannot be decoded"
                 first = next(iter(bad.values()), str(error))
@@ -220,21 +221,10 @@ def _batches(task: Task, skipped: list[tuple[str, str]]) -> Iterator[Batch]:
         yield Batch(dataset.name, ids, *held, seed, task.limits, dataset.covers(), dataset.class_space)
 
 
-def _undecodable(dataset: Dataset, rows: Sequence[int]) -> dict[int, str]:
-    """The images among some that cannot be decoded alone, and why."""
-    found = {}
-    for row in rows:
-        try:
-            dataset.opened().read([row])
-        except BadImage as error:
-            found[row] = " ".join(str(error).split())
-    return found
-
-
 def reason(error: Exception) -> str:
     """One line for the report; the type is named unless the error is a plain complaint of ours."""
     text = " ".join(str(error).split()) or "no message"
-    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+    return text if type(error) in (ValueError, Missing) else f"{type(error).__name__}: {text}"
 
 
 def total(tasks: Iterable[Task]) -> Forwards:

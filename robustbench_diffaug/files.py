@@ -21,6 +21,7 @@ __all__ = [
     "DataLocation",
     "Digest",
     "Location",
+    "Missing",
     "Weights",
     "apart",
     "atomic",
@@ -66,10 +67,10 @@ def path_of(uri: str) -> Path:
 
 
 def built_in(kind: str = "suites") -> dict[str, Path]:
-    """The suites (or recipes) that are installed with the package, by name."""
+    """The suites (or recipes) that are installed with the package, by name; one in a folder is 'openood/mnist'."""
     package = Path(str(files("robustbench_diffaug")))
     folder = next(place for place in (package / kind, package.parent / kind) if place.is_dir())
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def locate(name: str, kind: str = "suites") -> tuple[Path, bool]:
@@ -91,11 +92,15 @@ def locate(name: str, kind: str = "suites") -> tuple[Path, bool]:
     raise ValueError(f"there is no {noun} called {name!r}{suggest(name, list(known))}; or give the path of a YAML file")
 
 
+class Missing(ValueError):
+    """A file or folder that is not there."""
+
+
 def existing(uri: str) -> Path:
     """The path of a file or folder that is there.
 
     Raises:
-        ValueError: If it is not.
+        Missing: If it is not.
     """
     path = path_of(uri)
     try:
@@ -103,7 +108,7 @@ def existing(uri: str) -> Path:
     except OSError as error:
         raise ValueError(f"{uri} cannot be read: {error.strerror}") from error
     if not there:
-        raise ValueError(f"there is no {uri}; check the path (relative ones start at the suite's folder)")
+        raise Missing(f"there is no {uri}; check the path (relative ones start at the suite's folder)")
     return path
 
 

@@ -29,7 +29,7 @@ from robustbench_diffaug.store import Store
 from robustbench_diffaug.suite import Loaded, Suite, check
 
 __all__ = ["FORMATS", "Finished", "Options", "Results", "digests", "execute", "lock", "own", "report", "results"]
-__all__ += ["recorded_failures", "tasks_of"]
+__all__ += ["put", "recorded_failures", "rendered", "tasks_of"]
 
 FORMATS = {"html": ("index.html",), "csv": ("metrics.csv", "metrics.parquet", "leaderboard.csv", "costs.csv")}
 """The files of each format of a report."""
@@ -191,7 +191,7 @@ def write(
     """
     with _alone(store.root):
         made = results(suite, store, manifest, failures)
-        digest = _put(store.root, {LOCK: lock(suite), **made.files})
+        digest = put(store.root, {LOCK: lock(suite), **made.files})
     return Finished(store.root, digest, made.metrics, made.leaderboard, made.failures, computed)
 
 
@@ -229,18 +229,33 @@ def results(
     """
     (metrics, failed), costs = summary.metrics(suite, store), summary.costs(suite, store)
     board, told = tables.leaderboard(metrics), [dict(failure) for failure in (*failures, *failed)]
-    written = {**manifest, "failures": told}
-    shown = {key: value for key, value in written.items() if key != "keys"}  # a page of them would tell nobody anything
+    files = rendered(metrics, board, costs, {**manifest, "failures": told}, drawn)
+    return Results(metrics, board, told, files)
+
+
+def rendered(
+    metrics: pd.DataFrame, board: pd.DataFrame, costs: pd.DataFrame, manifest: Mapping[str, Any], drawn: bool = True
+) -> dict[str, bytes]:
+    """The bytes of each file of a report.
+
+    Arguments:
+        metrics: All figures.
+        board: A row for each checkpoint.
+        costs: Of each cell.
+        manifest: What is said of them.
+        drawn: Whether the page is made.
+    """
+    shown = {key: value for key, value in manifest.items() if key != "keys"}  # these would tell nobody anything
     files = {
         "metrics.csv": tables.to_csv(metrics),
         "metrics.parquet": tables.to_parquet(metrics),
         "leaderboard.csv": tables.to_csv(board),
         "costs.csv": tables.to_csv(costs),
-        "manifest.json": json.dumps(written, indent=1, ensure_ascii=False).encode() + b"\n",
+        "manifest.json": json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n",
     }
     if drawn:
         files["index.html"] = page.render(metrics, shown, costs).encode()
-    return Results(metrics, board, told, files)
+    return files
 
 
 def report(
@@ -271,14 +286,14 @@ def report(
     if output is None:
         with _alone(root):
             made = results(found.bare, found.archive, found.manifest, failures)
-            digest = _put(root, made.files)
+            digest = put(root, made.files)
         return Finished(root, digest, made.metrics, made.leaderboard, made.failures)
     _free(root, output)
     made = results(found.bare, found.archive, _retold(found), failures, "html" in formats)
     kept = {"manifest.json", *(name for form in formats for name in FORMATS[form])}
     for name in {name for names in FORMATS.values() for name in names} - kept:
         (output / name).unlink(missing_ok=True)  # of an earlier report with other formats
-    digest = _put(output, {name: content for name, content in made.files.items() if name in kept})
+    digest = put(output, {name: content for name, content in made.files.items() if name in kept})
     return Finished(output, digest, made.metrics, made.leaderboard, made.failures)
 
 
@@ -322,8 +337,8 @@ def _is_report(path: Path) -> bool:
         return False
 
 
-def _put(root: Path, files: Mapping[str, bytes]) -> str:
-    """Writes files, each whole or not at all, and the digests of all that the folder then holds."""
+def put(root: Path, files: Mapping[str, bytes]) -> str:
+    """Writes files, each whole or not at all, and the digests of all that the folder then holds; gives their digest."""
     for name, content in files.items():
         with atomic(root / name) as file:
             file.write(content)

@@ -155,7 +155,7 @@ class Store:
         found = []
         for path in sorted((self.root / cell.folder).glob("*.parquet")):
             first, _, last = path.stem.partition("-")
-            if first.isdigit() and last.isdigit():
+            if first.isdecimal() and last.isdecimal():
                 found.append((int(first), int(last), path))
         return found
 

@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeInt, RootModel, model_validator
 from robustbench_diffaug import document
 from robustbench_diffaug.checkpoints.base import Checkpoint
 from robustbench_diffaug.component import Outside, Value, digest_of, suggest, trusting
-from robustbench_diffaug.data.base import BadImage, Dataset
+from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.evaluators.base import Evaluator
 from robustbench_diffaug.files import locate
 
@@ -224,7 +224,7 @@ def _check_images(bench: Bench, dataset: Dataset, checkpoints: Sequence[Checkpoi
         if not len(part.rows()):
             raise ValueError(f"dataset {part.name} is empty; give it images, or take it out")
     first = dataset.parts()[0]
-    channels = _channels(first)
+    channels = int(first.first().shape[0])
     for denoiser in bench.evaluator.denoisers():
         if denoiser.channels() not in (None, channels):
             raise ValueError(
@@ -238,17 +238,6 @@ def _check_images(bench: Bench, dataset: Dataset, checkpoints: Sequence[Checkpoi
                 f"images of {first.name} have {channels} channels, checkpoint {entry.id} takes {expected}; correct its "
                 "channels, or list under checkpoints of the bench those that it is for"
             )
-
-
-def _channels(dataset: Dataset) -> int:
-    """The channels of the first image that can be decoded, if the dataset leaves out others."""
-    for row in dataset.rows():
-        try:
-            return int(dataset.opened().read([row])[0].shape[1])
-        except BadImage:
-            if dataset.on_bad_image == "fail":
-                raise
-    raise ValueError(f"no image of {dataset.name} can be decoded; is {dataset.name} what it is meant to be?")
 
 
 @contextmanager

@@ -210,8 +210,9 @@ def _left_out(bench: Bench, dataset: Dataset, row: Sequence[Cell], store: Store)
 
 def _made_on(part: Mapping[str, object]) -> str:
     """What the last digits of a file of records depend on."""
-    compiled = ", compiled" if part.get("compile") else ""
-    return f"{part.get('device')} with torch {part.get('torch')}{compiled}"
+    more = [str(part["hardware"])] if "hardware" in part else []
+    more += ["compiled"] if part.get("compile") else []
+    return ", ".join([f"{part.get('device')} with torch {part.get('torch')}", *more])
 
 
 def _checkpoint(entry: Checkpoint) -> dict[str, Any]:
@@ -239,7 +240,8 @@ def _parameters(weights: Weights) -> int:
 def _denoisers(suite: Suite) -> list[dict[str, Any]]:
     distinct = dict.fromkeys(denoiser for bench in suite.benches for denoiser in bench.evaluator.denoisers())
     return [
-        denoiser.model_dump(mode="json", serialize_as_any=True) | {"contents": denoiser.contents()}
+        denoiser.model_dump(mode="json", serialize_as_any=True)
+        | {"contents": denoiser.contents(), "fingerprint": denoiser.fingerprint}
         for denoiser in distinct
     ]
 

@@ -185,8 +185,6 @@ def plan(suite: Suite, tasks: Sequence[Task], options: Options, probing: bool = 
         if isinstance(bench.evaluator, Smoothing):
             for sigma in bench.evaluator.sigmas:
                 yield f"  sigma {sigma:g}: largest reachable radius {bench.evaluator.reach(sigma):.4f}"
-        for warning in bench.evaluator.check():
-            yield f"  warning: {warning}"
     yield f"in all {len(tasks)} tasks, {counted(total(tasks))}"
     if probing and tasks:
         yield estimated(probe.estimate(tasks, options.workers))

@@ -1,7 +1,8 @@
 """For all tests: no network, one thread, and the option --full."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,24 @@ def pytest_sessionstart() -> None:
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether the long simulations are wanted."""
     return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture
+def rdiff(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in this process, in a folder of its own: exit code, standard output, standard error."""
+    from robustbench_diffaug import cli  # not above: jaxtyping must see the package's first import
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(list(words))
+        shown = capsys.readouterr()
+        return int(caught.value.code or 0), shown.out, shown.err
+
+    return call
 
 
 def _refuse_network(event: str, arguments: Sequence[object]) -> None:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 from statsmodels.stats.proportion import proportion_confint
 
-from robustbench_diffaug import cli
 from robustbench_diffaug.exchange import cohen
 from robustbench_diffaug.exchange.cohen_findings import findings, unattained
 from robustbench_diffaug.exchange.cohen_rows import COLUMNS, Protocol, Rows, read
@@ -26,20 +25,6 @@ IMAGENET, CIFAR10 = FOLDER / "locuslab_imagenet.tsv", FOLDER / "locuslab_cifar10
 HEADER = "\t".join(COLUMNS) + "\n"
 ROW = (0, 3, 3, 0.5, 1, "0:00:01.5")
 Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def rdiff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command in this process, in a folder of its own: exit code, standard output, standard error."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            cli.main(list(words))
-        shown = capsys.readouterr()
-        return int(caught.value.code or 0), shown.out, shown.err
-
-    return call
 
 
 def written(path: Path, rows: Iterable[tuple[object, ...]]) -> Path:

@@ -17,7 +17,7 @@ import yaml
 from scipy.stats import norm
 from statsmodels.stats.proportion import proportion_confint
 
-from robustbench_diffaug import cli, runs
+from robustbench_diffaug import runs
 from robustbench_diffaug.evaluators.certificates import certify
 from robustbench_diffaug.exchange import cohen
 from robustbench_diffaug.exchange.cohen_rows import COLUMNS, Protocol
@@ -27,20 +27,6 @@ from robustbench_diffaug.suite import load
 
 IMAGENET = Path(__file__).parent / "exchange" / "locuslab_imagenet.tsv"
 Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def rdiff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command in this process, in a folder of its own: exit code, standard output, standard error."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            cli.main(list(words))
-        shown = capsys.readouterr()
-        return int(caught.value.code or 0), shown.out, shown.err
-
-    return call
 
 
 def analyzed(path: Path, radius: float) -> float:

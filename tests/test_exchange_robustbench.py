@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustbench_diffaug import cli
 from robustbench_diffaug.baselines import BASELINES, mce
 from robustbench_diffaug.exchange import robustbench
 from robustbench_diffaug.report import tables
@@ -36,20 +35,6 @@ PUBLISHED = {
 PUBLISHED_CIFAR10 = {"Standard": 73.46, "Hendrycks2020AugMixWRN": 88.82, "Hendrycks2020AugMixResNeXt": 89.09}
 
 Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def rdiff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command in this process, in a folder of its own: exit code, standard output, standard error."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            cli.main(list(words))
-        shown = capsys.readouterr()
-        return int(caught.value.code or 0), shown.out, shown.err
-
-    return call
 
 
 def value(frame: pd.DataFrame, checkpoint: str, metric: str) -> float:

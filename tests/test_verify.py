@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from robustbench_diffaug import cli, rng, runs
 from robustbench_diffaug.data.synthetic import Mixture
-from robustbench_diffaug.evaluators import smoothing
+from robustbench_diffaug.evaluators.certificates import certify
 from robustbench_diffaug.files import sha256
 from robustbench_diffaug.recorded import Recorded, open_run
 from robustbench_diffaug.store import Store
@@ -320,7 +320,7 @@ def test_failures_and_seconds_of_the_manifest(root: Path) -> None:
 
 def test_a_radius_too_large_is_found(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check must not lean on the code that it checks."""
-    honest = smoothing.certify
+    honest = certify
 
     def generous(*given: Any) -> Any:
         found = honest(*given)
@@ -391,15 +391,6 @@ def test_what_is_not_at_hand_is_not_evaluated_again(root: Path, made: Path) -> N
         (made / "gone").rename(made / "w.safetensors")
     assert found.state == "ok"
     assert any("certify / net / a: " in line and "w.safetensors" in line for line in found.details)
-
-
-def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "empty").mkdir()
-    for name, said in (("none", "there is no folder"), ("empty", "is no folder of rdiff")):
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["verify", str(tmp_path / name)])
-        shown = capsys.readouterr()
-        assert ended.value.code == 2 and said in shown.err and shown.err.count("\n") == 1
 
 
 def test_the_command_fails_with_1(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

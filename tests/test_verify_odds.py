@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import hypergeom
 
-from robustbench_diffaug.evaluators import smoothing
+from robustbench_diffaug.evaluators.certificates import certify
 from robustbench_diffaug.verify import certificates, recheck
 from robustbench_diffaug.verify.check import Check, guarded, judged
 
@@ -31,7 +31,7 @@ def test_the_fewest_votes_are_those_of_the_evaluator(n: int, alpha: float, radiu
     counts = np.arange(n + 1)
     estimate = np.stack([counts, n - counts], axis=1)
     select = np.array([[1, 0]] * (n + 1))
-    enough = smoothing.certify(select, estimate, 0.5, alpha)
+    enough = certify(select, estimate, 0.5, alpha)
     certain = (enough.prediction == 0) & (enough.radius >= radius)
     least = int(np.argmax(certain)) if certain.any() else n + 1
     assert least in certificates.least_votes(n, alpha, 0.5, radius)

@@ -1,5 +1,6 @@
 """Checks of small runs of their own: names that a table changes, and images that cannot be decoded."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,11 +9,14 @@ import pytest
 import yaml
 from PIL import Image
 
-from robustbench_diffaug import runs
+from robustbench_diffaug import cli, runs
+from robustbench_diffaug.diffusion.unet import WEIGHTS
+from robustbench_diffaug.files import path_of, sha256
 from robustbench_diffaug.recorded import open_run
 from robustbench_diffaug.suite import load
-from robustbench_diffaug.verify import recheck, whole
+from robustbench_diffaug.verify import files, recheck, whole
 from robustbench_diffaug.verify.certificates import certificates
+from robustbench_diffaug.verify.check import Check
 
 BAYES = {"kind": "mixture", "id": "bayes", "classes": 4, "temperature": 0.0016}
 
@@ -57,3 +61,35 @@ def test_images_that_cannot_be_decoded_are_in_neither(tmp_path: Path) -> None:
     more = whole.verify_again(root, recheck.Again(1.0, 0))
     assert more.state == "FAILED"
     assert any("sample 2/0.png is not recorded" in line for line in more.details)
+
+
+def test_weights_of_a_denoiser_that_were_changed_are_named(tmp_path: Path) -> None:
+    """The suite says their digest, so it stands in the manifest whatever the file holds."""
+    shutil.copytree(path_of("rdiff:zoo/mnist5k-ddpm"), tmp_path / "ddpm")
+    weights = tmp_path / "ddpm" / WEIGHTS
+    denoiser = {"kind": "unet", "folder": "ddpm", "sha256": sha256(weights), "microbatch": 2}
+    evaluator = {"kind": "shift", "modes": ["de"], "denoiser": denoiser, "times": [0, 50]}
+    bench = {"name": "shift", "evaluator": evaluator, "datasets": [{"kind": "mixture", "name": "m", "size": 2}]}
+    root = run_of(tmp_path, BAYES, bench)
+
+    def state() -> Check:
+        (found,) = (check for check in files.contents(open_run(root)) if check.name == "denoisers")
+        return found
+
+    assert state().state == "ok"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert state().state == "FAILED"
+    assert "another or a damaged file" in state().details[0]
+    weights.unlink()
+    assert state().state == "not checked"
+
+
+def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, said in (("none", "there is no folder"), ("empty", "is no folder of rdiff")):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["verify", str(tmp_path / name)])
+        shown = capsys.readouterr()
+        assert ended.value.code == 2 and said in shown.err and shown.err.count("\n") == 1

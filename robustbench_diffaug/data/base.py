@@ -16,7 +16,7 @@ from torch import Tensor
 from robustbench_diffaug.component import Component, fingerprint
 from robustbench_diffaug.records import Declared
 
-__all__ = ["BadImage", "Dataset", "Images", "in_memory", "tensor_of"]
+__all__ = ["BadImage", "Dataset", "Images", "in_memory", "tensor_of", "undecodable"]
 
 Read = Callable[[Sequence[int]], tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]]
 Decode = Callable[[int], Image]
@@ -45,6 +45,17 @@ class Images:
     decode: Decode | None = None
     fit: Fit | None = None
     labels: Sequence[int] | None = None
+
+
+def undecodable(source: Images, rows: Sequence[int]) -> dict[int, str]:
+    """Those of some images that cannot be decoded alone, by position, and why."""
+    found = {}
+    for row in rows:
+        try:
+            source.read([row])
+        except BadImage as error:
+            found[row] = " ".join(str(error).split())
+    return found
 
 
 def tensor_of(image: Image) -> Float[Tensor, "c h w"]:
@@ -127,6 +138,21 @@ class Dataset(Component, ABC):
         """The positions of the declared subset."""
         rows = range(0, self.available(), self.every)
         return rows if self.limit is None else rows[: self.limit]
+
+    @final
+    def first(self) -> Float[Tensor, "c h w"]:
+        """The first image of the declared subset; where damaged ones are left out, the first that is not.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        for row in self.rows():
+            try:
+                return self.opened().read([row])[0][0]
+            except BadImage:
+                if self.on_bad_image == "fail":
+                    raise
+        raise ValueError(f"no image of {self.name} can be decoded; is it what it is meant to be?")
 
     @final
     def declared(self) -> Declared:

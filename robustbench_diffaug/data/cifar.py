@@ -3,17 +3,18 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer, UInt8
-from pydantic import Field, field_validator
+from pydantic import field_validator
 from torch import Tensor
 
 from robustbench_diffaug.data import plain_pickle
 from robustbench_diffaug.data.base import Dataset, Images
-from robustbench_diffaug.data.corruptions import COMMON, known
+from robustbench_diffaug.data.corruptions import known
+from robustbench_diffaug.data.grids import Grid, Severity
 from robustbench_diffaug.files import DataLocation, existing, sha256
 
 __all__ = ["Cifar", "CifarC", "CifarCPart"]
@@ -137,7 +138,7 @@ class CifarCPart(Dataset):
     kind: Literal["cifar-c-part"] = "cifar-c-part"
     root: DataLocation
     corruption: str
-    severity: int = Field(5, ge=1, le=5)
+    severity: Severity = 5
 
     @field_validator("corruption")
     @classmethod
@@ -173,7 +174,7 @@ class CifarCPart(Dataset):
         return _images([images[block].transpose(0, 3, 1, 2)], np.array(labels[block], np.int64))
 
 
-class CifarC(Dataset):
+class CifarC(Grid):
     """CIFAR-10-C or CIFAR-100-C: one entry, a dataset for each corruption and severity.
 
     Arguments:
@@ -190,40 +191,15 @@ class CifarC(Dataset):
 
     kind: Literal["cifar-c"] = "cifar-c"
     root: DataLocation
-    corruptions: tuple[str, ...] = Field(COMMON, min_length=1)
-    severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field((1, 2, 3, 4, 5), min_length=1)
 
-    @field_validator("corruptions")
-    @classmethod
-    def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(known, names))
-
-    def parts(self) -> tuple[Dataset, ...]:
-        """One `cifar-c-part` for each corruption and severity."""
-        return tuple(
-            CifarCPart(
-                name=f"{self.name}/{corruption}@s{severity}",
-                origin=self.origin or self.name,
-                group=corruption,
-                root=self.root,
-                corruption=corruption,
-                severity=severity,
-                every=self.every,
-                limit=self.limit,
-                on_bad_image=self.on_bad_image,
-                class_space=self.class_space,
-            )
-            for corruption in self.corruptions
-            for severity in self.severities
-        )
+    def part(self, corruption: str, severity: int) -> CifarCPart:
+        """One `cifar-c-part`."""
+        fields = self.common(corruption, severity, self.name, self.origin or self.name)
+        return CifarCPart.model_validate(fields | {"root": self.root, "corruption": corruption})
 
     def contents(self) -> str:
         """SHA-256 of the files of the corruptions and of the labels."""
         return ":".join(sha256(existing(f"{self.root}/{name}.npy")) for name in (*self.corruptions, "labels"))
-
-    def open(self) -> Images:
-        """Not itself a dataset; its parts are."""
-        raise ValueError(f"{self.name} is a grid; open its parts")
 
 
 def _mapped(path: Path) -> np.ndarray:

@@ -8,7 +8,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from robustbench_diffaug import document
 from robustbench_diffaug.component import digest_of, trusting
-from robustbench_diffaug.data.base import BadImage, Dataset, Images
+from robustbench_diffaug.data.base import BadImage, Dataset, Images, undecodable
 from robustbench_diffaug.data.corrupted import Constants, keys
 from robustbench_diffaug.data.corruptions import COMMON, NAMES, corrupt, known
 from robustbench_diffaug.data.frost import digest
@@ -183,7 +182,7 @@ def estimate(copy: Copy) -> Cost:
     saving, left = (perf_counter() - start) * (copy.form == "imagenet-c"), _left(copy)
     if not left:
         return Cost(0, 0.0, 0.0, 0)
-    one = _example(copy)
+    one = copy.dataset.first()[None]
     for version in copy.versions:  # what is made once, such as textures, is no part of the cost of an image
         copy.corrupted(one, copy.ids[:1], version)
     start, size = perf_counter(), 0
@@ -240,18 +239,9 @@ def _left(copy: Copy) -> int:
     return max(0, total - sum(1 for place in places for _ in place.glob("*/*.JPEG")))
 
 
-def _example(copy: Copy) -> Float[Tensor, "1 c h w"]:
-    """The first image; where damaged ones are skipped, the first that is not."""
-    if copy.dataset.on_bad_image == "skip" and copy.form == "imagenet-c":
-        for row in copy.rows:
-            with suppress(BadImage):
-                return copy.source.read([row])[0]
-    return copy.source.read(copy.rows[:1])[0]
-
-
 def _chunks(copy: Copy) -> Iterator[range]:
     """Positions among the copy's images that are worked on together."""
-    size = max(1, min(256, VALUES // _example(copy).numel())) if len(copy.rows) else 1
+    size = max(1, min(256, VALUES // copy.dataset.first().numel())) if len(copy.rows) else 1
     for start in range(0, len(copy.rows), size):
         yield range(start, min(start + size, len(copy.rows)))
 
@@ -267,17 +257,11 @@ def _read(
     except BadImage:
         if copy.dataset.on_bad_image == "fail" or copy.form == "cifar-c":
             raise
-    kept: list[tuple[Tensor, Tensor, str]] = []
-    skipped = []
-    for row, id in zip(rows, ids, strict=True):
-        try:
-            kept.append((*copy.source.read([row]), id))
-        except BadImage as error:
-            skipped.append(str(error))
+    bad = undecodable(copy.source, rows)
+    kept = [place for place, row in enumerate(rows) if row not in bad]
     if not kept:
-        return torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64), [], tuple(skipped)
-    images, labels, names = zip(*kept, strict=True)
-    return torch.cat(images), torch.cat(labels), list(names), tuple(skipped)
+        return torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64), [], tuple(bad.values())
+    return *copy.source.read([rows[place] for place in kept]), [ids[place] for place in kept], tuple(bad.values())
 
 
 def _encoded(level: NDArray[np.uint8]) -> bytes:
@@ -377,7 +361,7 @@ def _arrays(copy: Copy) -> Iterator[Done]:
         small = chosen.min() >= 0 and chosen.max() < 256
         with atomic(labels) as file:
             np.save(file, np.tile(chosen.astype(np.uint8 if small else np.int64), 5), allow_pickle=False)
-    shape = tuple(_example(copy).permute(0, 2, 3, 1).shape[1:])
+    shape = tuple(copy.dataset.first().permute(1, 2, 0).shape)
     for name in copy.corruptions:
         if copy.array(name).is_file():
             yield Done(5 * count)

@@ -12,6 +12,7 @@ from robustbench_diffaug import rng
 from robustbench_diffaug.component import Outside
 from robustbench_diffaug.data import corruptions, frost
 from robustbench_diffaug.data.base import Dataset, Images
+from robustbench_diffaug.data.grids import Grid, Severity
 from robustbench_diffaug.files import DataLocation, existing
 
 __all__ = ["Constants", "Corrupted", "Corruptions", "keys"]
@@ -61,7 +62,7 @@ class Corrupted(Dataset):
     kind: Literal["corrupted"] = "corrupted"
     base: Dataset
     corruption: str
-    severity: int = Field(5, ge=1, le=5)
+    severity: Severity = 5
     constants: Constants
     draw: int = 0
     textures: Annotated[DataLocation | None, Outside] = None
@@ -103,7 +104,7 @@ class Corrupted(Dataset):
         return existing(self.textures) if self.textures and self.corruption == "frost" else None
 
 
-class Corruptions(Dataset):
+class Corruptions(Grid):
     """A grid of corruptions of one dataset: one entry, a dataset for each corruption and severity.
 
     Arguments:
@@ -119,52 +120,26 @@ class Corruptions(Dataset):
     name: str = ""
     base: Dataset
     corruptions: tuple[str, ...] = Field(min_length=1)
-    severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field((5,), min_length=1)
+    severities: tuple[Severity, ...] = Field((5,), min_length=1)
     constants: Constants
     draw: int = 0
     textures: Annotated[DataLocation | None, Outside] = None
-
-    @field_validator("corruptions")
-    @classmethod
-    def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(corruptions.known, names))
 
     @model_validator(mode="after")
     def _agreed(self) -> "Corruptions":
         _agree(self.base, self.on_bad_image, self.class_space)
         return self
 
-    def covers(self) -> tuple[int, ...]:
-        """The base's."""
-        return self.base.covers()
-
-    def parts(self) -> tuple[Dataset, ...]:
-        """One `corrupted` dataset for each corruption and severity."""
-        return tuple(
-            Corrupted(
-                name=f"{self.name or self.base.name}/{corruption}@s{severity}",
-                origin=self.base.origin or self.base.name,
-                group=corruption,
-                base=self.base,
-                corruption=corruption,
-                severity=severity,
-                constants=self.constants,
-                draw=self.draw,
-                textures=self.textures,
-                every=self.every,
-                limit=self.limit,
-                on_bad_image=self.on_bad_image,
-                class_space=self.class_space,
-            )
-            for corruption in self.corruptions
-            for severity in self.severities
+    def part(self, corruption: str, severity: int) -> Corrupted:
+        """One `corrupted` dataset."""
+        origin = self.base.origin or self.base.name
+        return Corrupted.model_validate(
+            self.common(corruption, severity, self.name or self.base.name, origin)
+            | {name: getattr(self, name) for name in ("base", "constants", "draw", "textures")}
+            | {"corruption": corruption}
         )
 
     def contents(self) -> str:
         """The base's; with that of the textures, where they are used."""
         folder = existing(self.textures) if self.textures and "frost" in self.corruptions else None
         return self.base.contents() + (f":{frost.digest(folder)}" if folder else "")
-
-    def open(self) -> Images:
-        """Not itself a dataset; its parts are."""
-        raise ValueError(f"{self.name or self.base.name} is a grid; open its parts")

@@ -2,12 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -16,10 +16,9 @@ from torch import Tensor
 
 from robustbench_diffaug.data.base import BadImage, Images, tensor_of
 
-__all__ = ["SUFFIXES", "Geometry", "Listing", "class_folders", "listed", "opened", "together"]
+__all__ = ["Encoded", "Geometry", "Listing", "class_folders", "listed", "opened"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "JPEG2000")
 """Which are decoded, by what a file holds, whatever its name: PIL would hand others, such as EPS, to programs."""
@@ -41,11 +40,11 @@ class Geometry:
     crop: int | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
-    def decode(self, file: Path | IO[bytes], name: object) -> Image.Image:
+    def decode(self, file: Path | bytes, name: object) -> Image.Image:
         """The image as it lies in the file, in the mode.
 
         Arguments:
-            file: Its path, or its open bytes.
+            file: Its path, or its bytes.
             name: What messages call it.
 
         Raises:
@@ -53,7 +52,7 @@ class Geometry:
             ValueError: If it has more than 8 bits a channel, or is too small for the crop.
         """
         try:
-            with Image.open(file, formats=FORMATS) as encoded:
+            with Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as encoded:
                 deep, image = encoded.mode[0] in "IF", encoded.convert(self.mode)
         except Exception as error:  # whatever a damaged file makes the decoder raise
             raise BadImage(f"{name} is not a readable image: {error}") from error
@@ -92,6 +91,29 @@ class Geometry:
         return tensor_of(image)
 
 
+@runtime_checkable
+class Encoded(Protocol):
+    """Encoded images by position, and what is known of them without decoding any."""
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """Of each image."""
+        ...
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """A stable name of each image."""
+        ...
+
+    def __getitem__(self, row: int) -> tuple[Path | bytes, object]:
+        """An image's file, or its bytes, and what messages call it.
+
+        Raises:
+            BadImage: If there is none at that position.
+        """
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Listing:
     """Image files below a folder; only texts and numbers, some 100 bytes a file, so that a million can be listed.
@@ -107,6 +129,11 @@ class Listing:
     paths: Sequence[str]
     labels: Sequence[int]
     ids: Sequence[str]
+
+    def __getitem__(self, row: int) -> tuple[Path, Path]:
+        """The path of a file, which is also what messages call it."""
+        path = self.root / self.paths[row]
+        return path, path
 
     def digest(self) -> str:
         """SHA-256 over the path below the root, size and label of every file, in hexadecimal."""
@@ -142,23 +169,26 @@ def listed(root: Path, folder: str) -> list[str]:
     return [f"{folder}/{name}" for name in names if name[0] != "." and name.lower().endswith(SUFFIXES)]
 
 
-def opened(name: str, listing: Listing, geometry: Geometry, threads: int) -> Images:
-    """The images of a listing, read when they are needed.
+def opened(name: str, images: Encoded, geometry: Geometry, threads: int) -> Images:
+    """Encoded images, read when they are needed.
 
     Arguments:
         name: Of the dataset, for messages.
-        listing: Which files; at least one.
+        images: Which; at least one.
         geometry: What becomes of each.
         threads: How many decode at once; no result depends on it.
+
+    Raises:
+        BadImage: If their size depends on the first one and none can be decoded.
     """
-    first = geometry.constant or _first(listing, geometry)
+    first = geometry.constant or _first(images, geometry)
 
     def decode(row: int) -> Image.Image:
-        path = listing.root / listing.paths[row]
-        image = geometry.decode(path, path)
+        file, called = images[row]
+        image = geometry.decode(file, called)
         if geometry.fitted(image.size) != first:
             pair = " and ".join(f"{width}x{height}" for width, height in (first, geometry.fitted(image.size)))
-            raise ValueError(f"images of {name} differ in size, {pair} at {path}; give crop")
+            raise ValueError(f"images of {name} differ in size, {pair} at {called}; give crop")
         return image
 
     def attempt(row: int) -> Float[Tensor, "c h w"] | BadImage:
@@ -169,19 +199,18 @@ def opened(name: str, listing: Listing, geometry: Geometry, threads: int) -> Ima
 
     def read(rows: Sequence[int]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]:
         with ThreadPoolExecutor(threads) as pool:
-            images = together(pool.map(attempt, rows))
-        return torch.stack(images), torch.tensor([listing.labels[row] for row in rows])
+            found = _together(list(pool.map(attempt, rows)))
+        return torch.stack(found), torch.tensor([images.labels[row] for row in rows])
 
-    return Images(listing.ids, read, decode, geometry.fit, listing.labels)
+    return Images(images.ids, read, decode, geometry.fit, images.labels)
 
 
-def together(results: Iterable[Float[Tensor, "c h w"] | BadImage]) -> list[Float[Tensor, "c h w"]]:
+def _together(found: Sequence[Float[Tensor, "c h w"] | BadImage]) -> list[Float[Tensor, "c h w"]]:
     """The images of a batch.
 
     Raises:
         BadImage: If some could not be decoded; it counts them and says what is wrong with the first.
     """
-    found = list(results)
     bad = [result for result in found if isinstance(result, BadImage)]
     if bad and len(found) == 1:
         raise bad[0]
@@ -190,12 +219,12 @@ def together(results: Iterable[Float[Tensor, "c h w"] | BadImage]) -> list[Float
     return [result for result in found if isinstance(result, Tensor)]
 
 
-def _first(listing: Listing, geometry: Geometry) -> tuple[int, int]:
+def _first(images: Encoded, geometry: Geometry) -> tuple[int, int]:
     """Width and height of what is made of the first image that can be decoded; all others must be of that size."""
     reason: BadImage | None = None
-    for path in map(partial(Path, listing.root), listing.paths):
+    for row in range(len(images.ids)):
         try:
-            return geometry.fitted(geometry.decode(path, path).size)
+            return geometry.fitted(geometry.decode(*images[row]).size)
         except BadImage as error:
             reason = reason or error
-    raise reason or ValueError(f"{listing.root} holds no image")
+    raise reason or ValueError("there is no image")

@@ -7,11 +7,11 @@ from sys import intern
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from robustbench_diffaug.component import Outside, suggest
 from robustbench_diffaug.data.base import Dataset, Images
-from robustbench_diffaug.data.corruptions import COMMON, known
+from robustbench_diffaug.data.grids import Grid
 from robustbench_diffaug.data.image_files import Geometry, Listing, class_folders, listed, opened
 from robustbench_diffaug.data.imagenet_classes import CATEGORIES, VARIANTS, Variant, indices
 from robustbench_diffaug.files import DataLocation, existing
@@ -238,7 +238,7 @@ def _check_classes(classes: tuple[str, ...], variant: Variant) -> None:
         raise ValueError("classes names one twice; name each once")
 
 
-class ImageNetC(Dataset):
+class ImageNetC(Grid):
     """ImageNet-C as published: one entry, a dataset for each `<root>/<corruption>/<severity>/<wnid>/*.JPEG`.
 
     An id is `<wnid>/<name of the file without suffix>`, the same for all versions of an image and in the validation
@@ -262,8 +262,6 @@ class ImageNetC(Dataset):
     kind: Literal["imagenet-c"] = "imagenet-c"
     name: str = "imagenet-c"
     root: DataLocation
-    corruptions: tuple[str, ...] = Field(COMMON, min_length=1)
-    severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field((1, 2, 3, 4, 5), min_length=1)
     classes: tuple[str, ...] = ()
     preset: Annotated[Preset | None, Outside] = None
     resize: Resize | None = None
@@ -276,44 +274,18 @@ class ImageNetC(Dataset):
     def _fields(cls, data: Any) -> Any:
         return _resolved(data)
 
-    @field_validator("corruptions")
-    @classmethod
-    def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(known, names))
-
     @model_validator(mode="after")
     def _known(self) -> "ImageNetC":
         _check_classes(self.classes, "val")
         return self
 
-    def parts(self) -> tuple[Dataset, ...]:
-        """One dataset of kind `imagenet` for each corruption and severity."""
-        return tuple(
-            self._part(corruption, severity) for corruption in self.corruptions for severity in self.severities
-        )
-
-    def covers(self) -> tuple[int, ...]:
-        """The classes of the folders, where they are not all 1,000."""
-        return self._part(self.corruptions[0], self.severities[0]).covers()
+    def part(self, corruption: str, severity: int) -> ImageNet:
+        """One dataset of kind `imagenet`."""
+        fields = self.common(corruption, severity, self.name, self.origin or self.name)
+        kept = ("classes", "preset", "resize", "crop", "interpolation", "threads")
+        own = {field: getattr(self, field) for field in kept}
+        return ImageNet.model_validate({**fields, **own, "root": f"{self.root}/{corruption}/{severity}"})
 
     def contents(self) -> str:
         """Those of its parts."""
         return ":".join(part.contents() for part in self.parts())
-
-    def open(self) -> Images:
-        """Not itself a dataset; its parts are."""
-        raise ValueError(f"{self.name} is a grid; open its parts")
-
-    def _part(self, corruption: str, severity: int) -> ImageNet:
-        return ImageNet(
-            name=f"{self.name}/{corruption}@s{severity}",
-            group=corruption,
-            origin=self.origin or self.name,
-            severity=severity,
-            root=f"{self.root}/{corruption}/{severity}",
-            **{field: getattr(self, field) for field in _SHARED},
-        )
-
-
-_SHARED = tuple("every limit on_bad_image class_space classes preset resize crop interpolation threads".split())
-"""The fields of ImageNet-C that each of its parts has too."""

@@ -2,22 +2,17 @@
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from tempfile import SpooledTemporaryFile
+from threading import Lock
 from typing import Annotated, Literal
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
-from PIL import Image
 from pydantic import Field, PositiveInt
-from torch import Tensor
 
 from robustbench_diffaug.component import Outside
 from robustbench_diffaug.data.base import BadImage, Dataset, Images
-from robustbench_diffaug.data.image_files import Geometry, together
+from robustbench_diffaug.data.image_files import Geometry, opened
 from robustbench_diffaug.data.lists import Below
 from robustbench_diffaug.data.shards import Columns, Group, files, groups
 from robustbench_diffaug.files import DataLocation, existing
@@ -83,31 +78,9 @@ class Table(Dataset):
         found = files(existing(self.root), self.split)
         parts = [group for path in found for group in groups(path, Columns(self.image, self.label))]
         cells = _Cells(self.name, parts, existing(self.root))
-        if not len(cells.labels):
+        if not cells.labels:
             raise ValueError(f"{self.root} is empty")
-        geometry = Geometry(self.mode, self.resize, self.crop)
-        first = geometry.constant or _first(cells, geometry)
-
-        def decoded(cell: tuple[Path | bytes, str]) -> Image.Image:
-            image = _decoded(cell, geometry)
-            if geometry.fitted(image.size) != first:
-                pair = " and ".join(f"{width}x{height}" for width, height in (first, geometry.fitted(image.size)))
-                raise ValueError(f"images of {self.name} differ in size, {pair} at {cell[1]}; give crop")
-            return image
-
-        def attempt(cell: tuple[Path | bytes, str] | BadImage) -> Float[Tensor, "c h w"] | BadImage:
-            try:
-                return cell if isinstance(cell, BadImage) else geometry.fit(decoded(cell))
-            except BadImage as error:
-                return error
-
-        def read(rows: Sequence[int]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]:
-            with ThreadPoolExecutor(self.threads) as pool:
-                images = together(pool.map(attempt, [cells.attempt(row) for row in rows]))
-            return torch.stack(images), torch.from_numpy(cells.labels[list(rows)])
-
-        ids = [f"{row:06d}" for row in range(len(cells.labels))]
-        return Images(ids, read, lambda row: decoded(cells[row]), geometry.fit, cells.labels.tolist())
+        return opened(self.name, cells, Geometry(self.mode, self.resize, self.crop), self.threads)
 
 
 class _Cells:
@@ -115,16 +88,20 @@ class _Cells:
 
     def __init__(self, name: str, parts: Sequence[Group], root: Path) -> None:
         self.name, self.below = name, Below(root if root.is_dir() else root.parent)
-        self.labels = np.concatenate([np.empty(0, np.int64), *(part.labels for part in parts)])
+        self.labels = [label for part in parts for label in part.labels.tolist()]
+        self.ids = [f"{row:06d}" for row in range(len(self.labels))]
         self.starts = np.cumsum([0, *(len(part.labels) for part in parts)])
         largest = max((part.size for part in parts), default=0)
-        self.column = lru_cache(max(1, min(64, HELD // max(1, largest))))(lambda number: parts[number].load())
+        held = max(1, min(64, HELD // max(1, largest)))
+        self.column = lru_cache(held)(lambda number: parts[number].load())
+        self.reading = Lock()  # one thread at a time: several would each load the same group
 
     def __getitem__(self, row: int) -> tuple[Path | bytes, str]:
         """The bytes of an image, or the file that they are in, and what messages call it."""
         number = int(np.searchsorted(self.starts, row, "right")) - 1
         try:
-            value = self.column(number)[row - int(self.starts[number])].as_py()
+            with self.reading:
+                value = self.column(number)[row - int(self.starts[number])].as_py()
         except UnicodeDecodeError as error:
             raise BadImage(f"image {row:06d} of {self.name} has a path that is no text") from error
         content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
@@ -134,34 +111,7 @@ class _Cells:
         if not path:
             raise BadImage(f"{called} is null")
         try:
-            return self.below[path], called
+            with self.reading:  # `Below` remembers folders
+                return self.below[path], called
         except ValueError as error:
             raise ValueError(f"{called} {error}") from error
-
-    def attempt(self, row: int) -> tuple[Path | bytes, str] | BadImage:
-        """The same; or what is wrong with it."""
-        try:
-            return self[row]
-        except BadImage as error:
-            return error
-
-
-def _decoded(cell: tuple[Path | bytes, str], geometry: Geometry) -> Image.Image:
-    source, called = cell
-    if isinstance(source, Path):
-        return geometry.decode(source, called)
-    with SpooledTemporaryFile() as file:  # in memory, whatever its size
-        file.write(source)
-        file.seek(0)
-        return geometry.decode(file, called)
-
-
-def _first(cells: _Cells, geometry: Geometry) -> tuple[int, int]:
-    """Width and height of what is made of the first image that can be decoded."""
-    reason: BadImage | None = None
-    for row in range(len(cells.labels)):
-        try:
-            return geometry.fitted(_decoded(cells[row], geometry).size)
-        except BadImage as error:
-            reason = reason or error
-    raise reason or ValueError(f"{cells.name} holds no image")

@@ -36,10 +36,9 @@ class Settings(NamedTuple):
 
 def metrics(records: Records, settings: Settings) -> Iterator[Metric]:
     """Accuracies per dataset and their means; calibration and proper scores; gains; curves against t; costs."""
-    yield from _mode(records, "default", settings.bins)
-    for mode in settings.modes:
+    for mode in _chosen(settings.modes):
+        yield from _mode(records, mode, settings.bins)
         if mode != "default":
-            yield from _mode(records, mode, settings.bins)
             yield from _gain(records, mode)
     if "de" in settings.modes:
         for group, rows in _parts(records):
@@ -93,6 +92,15 @@ def _of(group: str, severity: int | None = None) -> Callable[[Declared], bool]:
     return lambda dataset: dataset.group == group and dataset.severity == severity
 
 
+def _common_at(severity: int) -> Callable[[Declared], bool]:
+    return lambda dataset: _common(dataset) and dataset.severity == severity
+
+
+def _in_space(space: str) -> Callable[[Declared], bool]:
+    """Datasets of all classes, and those of some that declare such a class space."""
+    return lambda dataset: not dataset.classes or dataset.class_space == space
+
+
 def _severities(records: Records) -> list[int]:
     return sorted({dataset.severity for dataset in records.declared if dataset.severity})
 
@@ -115,7 +123,7 @@ def _mode(records: Records, mode: str, bins: int) -> Iterator[Metric]:
             yield rows.metric(label, group, stats.proportion(_hit(rows, mode)), headline=headline)
             for declared in sorted({d.class_space for d in rows.declared if d.classes}):
                 other = "full" if declared == "subset" else "subset"
-                alike = rows.of(lambda d, space=declared: not d.classes or d.class_space == space)  # type: ignore[misc]
+                alike = rows.of(_in_space(declared))
                 if len(alike):
                     estimate = stats.proportion(_hit(alike, mode, "other_pred"))
                     yield alike.metric(f"{label}/classes={other}", group, estimate)
@@ -124,8 +132,7 @@ def _mode(records: Records, mode: str, bins: int) -> Iterator[Metric]:
     yield from _mean(records, f"{name}/mean", "corruptions", mode, _common, headline=True)
     severities = _severities(records)
     for severity in severities if len(severities) > 1 else ():
-        chosen = [d.name for d in records.declared if _common(d) and d.severity == severity]
-        yield from _mean(records, f"{name}/mean@s{severity}", "corruptions", mode, lambda d, c=chosen: d.name in c)  # type: ignore[misc]
+        yield from _mean(records, f"{name}/mean@s{severity}", "corruptions", mode, _common_at(severity))
     yield from _mean(records, f"{name}/mean-noise", "noise", mode, _noise)
     yield from _mean(records, f"{name}/mean-validation", "validation", mode, _validation)
     for group, rows in _parts(records):
@@ -205,6 +212,7 @@ def _clean_errors(records: Records, mode: str) -> "pd.Series[float]":
 
 
 def _chosen(modes: Iterable[str]) -> tuple[str, ...]:
+    """The plain network, which is reported in any case, and the other modes."""
     return ("default", *(mode for mode in modes if mode != "default"))
 
 

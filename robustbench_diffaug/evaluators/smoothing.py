@@ -15,10 +15,10 @@ from robustbench_diffaug.component import Outside
 from robustbench_diffaug.diffusion.base import Denoiser
 from robustbench_diffaug.evaluators import smoothing_metrics
 from robustbench_diffaug.evaluators.base import Evaluator, Forwards
-from robustbench_diffaug.evaluators.certificates import Certificates, certify, predict, radius_of, reach
+from robustbench_diffaug.evaluators.certificates import reach
 from robustbench_diffaug.records import Metric, Records
 
-__all__ = ["Certificates", "Smoothing", "certify", "predict", "radius_of"]
+__all__ = ["Smoothing"]
 
 
 class Smoothing(Evaluator):

@@ -36,6 +36,7 @@ from robustbench_diffaug.files import apart, atomic, sha256
 from robustbench_diffaug.recorded import Archive, open_run
 from robustbench_diffaug.records import Metric
 from robustbench_diffaug.report import tables
+from robustbench_diffaug.runs import Finished
 from robustbench_diffaug.store import Cell
 from robustbench_diffaug.suite import Bench, Suite
 
@@ -58,7 +59,7 @@ class Certified:
         summary: How many rows there are, which, and how far their radii go.
     """
 
-    folder: folder.Imported
+    folder: Finished
     findings: tuple[str, ...]
     summary: str
 

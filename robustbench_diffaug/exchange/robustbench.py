@@ -27,6 +27,7 @@ from robustbench_diffaug.component import suggest
 from robustbench_diffaug.exchange import folder
 from robustbench_diffaug.files import apart, atomic
 from robustbench_diffaug.report import tables
+from robustbench_diffaug.runs import Finished
 
 __all__ = ["Results", "export_run", "import_run", "lines", "metrics", "read"]
 
@@ -34,6 +35,7 @@ LARGEST = 2**20  # bytes; RobustBench's files have some 10,000
 CORRUPTION = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?")
 CELL = r"accuracy/(?!mean@)(?P<corruption>[^/@]+)@s(?P<severity>\d+)"
+NEEDED = ["bench", "checkpoint", "metric", "value", "complete"]
 OWN = "AlexNet"
 """The row that RobustBench's mCE is relative to."""
 
@@ -207,7 +209,7 @@ def _figures(results: Results, model: str, baselines: Iterable[Baseline]) -> Ite
         yield {"metric": f"mce/{baseline.name}", "value": value, "better": "lower", "headline": True}
 
 
-def import_run(path: Path, root: Path, baselines: Sequence[str] = ()) -> folder.Imported:
+def import_run(path: Path, root: Path, baselines: Sequence[str] = ()) -> Finished:
     """Writes a run folder of the figures of a file of RobustBench's; the suite has the folder's name.
 
     Arguments:
@@ -271,7 +273,7 @@ def _accuracies(root: Path) -> pd.DataFrame:
     if not source.is_file():
         raise ValueError(f"there is no {source}; give the folder of a run that is finished")
     try:
-        return tables.matching(pd.read_parquet(source), CELL)
+        return tables.matching(pd.read_parquet(source, columns=NEEDED), CELL)
     except (pa.ArrowException, OSError, KeyError) as error:
         raise ValueError(f"{source} cannot be read as metrics; run the suite again") from error
 

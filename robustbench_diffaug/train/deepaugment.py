@@ -168,7 +168,7 @@ class ImageNetwork(Value):
     def _buildable(self) -> "ImageNetwork":
         with torch.device("meta"):  # checks the arguments and costs no memory
             network = build_image_network(self.arch, self.args, self.channels)
-        smallest = int(network.smallest)  # type: ignore[arg-type]
+        smallest = int(network.smallest)  # type: ignore[arg-type]  # a module's attribute
         if self.size is not None and self.size < smallest:
             raise ValueError(f"size must be at least {smallest} for {self.arch}, not {self.size}")
         return self
@@ -234,7 +234,7 @@ def deepaugment(
     module, family = network.loaded(images.device), FAMILIES[network.arch]
     height, width = images.shape[-2:]
     resized = _resized(images, network.size)
-    smallest = int(module.smallest)  # type: ignore[arg-type]
+    smallest = int(module.smallest)  # type: ignore[arg-type]  # a module's attribute
     if min(resized.shape[-2:]) < smallest:
         raise ValueError(f"{network.arch} needs images of {smallest} pixels or more; give the image network a size")
     results = []
@@ -262,7 +262,7 @@ def perturbed(module: nn.Module, family: Family, key: int) -> dict[str, Tensor]:
     state = dict(module.state_dict())
     chosen = rng.permutation(rng.key(key, "perturbations"), len(family.perturbations))[: family.drawn]
     names = list(family.perturbations)
-    blocks: tuple[tuple[str, ...], ...] = module.blocks  # type: ignore[assignment]
+    blocks: tuple[tuple[str, ...], ...] = module.blocks  # type: ignore[assignment]  # as above
     for number in chosen:
         _perturb(state, blocks, family.perturbations[names[number]], rng.key(key, names[number]))
     return state

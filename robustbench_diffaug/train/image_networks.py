@@ -135,7 +135,7 @@ def _shift(channels: int, sign: int) -> nn.Conv2d:
     mean = torch.tensor(EDSR.mean)
     with torch.no_grad():
         layer.weight.copy_(torch.eye(channels)[:, :, None, None])
-        layer.bias.copy_(sign * 255 * (mean if channels == 3 else mean.mean().expand(channels)))  # type: ignore[union-attr]
+        layer.bias.copy_(sign * 255 * (mean if channels == 3 else mean.mean().expand(channels)))  # type: ignore[union-attr]  # it has a bias
     return layer
 
 

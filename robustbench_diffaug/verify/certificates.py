@@ -15,7 +15,8 @@ import pandas as pd
 from scipy.stats import beta, binom, norm
 
 from robustbench_diffaug.engine import cells
-from robustbench_diffaug.evaluators.smoothing import Smoothing, certify
+from robustbench_diffaug.evaluators.certificates import certify
+from robustbench_diffaug.evaluators.smoothing import Smoothing
 from robustbench_diffaug.recorded import Recorded
 from robustbench_diffaug.records import Records
 from robustbench_diffaug.report import tables

@@ -10,7 +10,7 @@ from typing import Any
 
 from robustbench_diffaug.component import digest_of
 from robustbench_diffaug.engine import cells
-from robustbench_diffaug.files import Weights, path_of, sha256
+from robustbench_diffaug.files import Missing, Weights, path_of, sha256
 from robustbench_diffaug.recorded import LOCK, Recorded, keys_of, listed
 from robustbench_diffaug.runs import digests
 from robustbench_diffaug.verify.check import Check, judged
@@ -132,13 +132,18 @@ def _denoisers(run: Recorded) -> Looked:
     distinct = dict.fromkeys(denoiser for bench in run.suite.benches for denoiser in bench.evaluator.denoisers())
     for denoiser, said in zip(distinct, listed(run.manifest, "denoisers"), strict=False):
         try:
-            real = denoiser.contents()
-        except (ValueError, OSError) as error:
-            unseen.append(f"{denoiser.kind}: {error}")
+            denoiser.check()  # the files have the digests that the suite names, if it does
+            real = {"contents": denoiser.contents(), "fingerprint": denoiser.fingerprint}
+        except (Missing, OSError) as error:
+            unseen.append(f"denoiser {denoiser.kind}: {error}")
+            continue
+        except ValueError as error:
+            wrong.append(f"denoiser {denoiser.kind}: {error}")
             continue
         seen += 1
-        if real != said.get("contents"):
-            wrong.append(f"denoiser {denoiser.kind}: its files have digest {real}, manifest: {said.get('contents')}")
+        for key, value in real.items():
+            if said.get(key, value) != value:
+                wrong.append(f"denoiser {denoiser.kind}: its {key} is {value}, the manifest says {said.get(key)}")
     return wrong, unseen, seen
 
 

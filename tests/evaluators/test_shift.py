@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler
 from pydantic import ValidationError
 
 from robustbench_diffaug import rng
-from robustbench_diffaug.baselines import BASELINES
+from robustbench_diffaug.baselines import BASELINES, mce
 from robustbench_diffaug.batch import Batch, Limits
 from robustbench_diffaug.checkpoints.bayes import Bayes
 from robustbench_diffaug.data.corruptions import COMMON
@@ -288,6 +288,8 @@ def test_alexnets_own_errors_give_an_mce_of_one() -> None:
     assert found["mce/robustbench-alexnet"].better == "lower"
     half = of_errors({(c, s): [int(i < wrong[c] // 2) for i in range(1000)] for c, s in ALL}, clean)
     (figure, *_) = against_published(half, ("default",), ("robustbench-alexnet",))
+    errors = {c: dict.fromkeys(range(1, 6), (wrong[c] // 2) / 1000) for c in COMMON}
+    assert figure.value == pytest.approx(mce(errors, alexnet), rel=1e-12)  # the formula itself, without an interval
     assert figure.value == pytest.approx(0.5, abs=1e-3)
     assert figure.low <= figure.value <= figure.high
 

@@ -21,7 +21,8 @@ from robustbench_diffaug.data.synthetic import Mixture
 from robustbench_diffaug.diffusion.base import Denoise, Denoiser, Posterior, Schedule, Sigma
 from robustbench_diffaug.diffusion.gaussian import MixtureDenoiser
 from robustbench_diffaug.diffusion.unet import as_denoise
-from robustbench_diffaug.evaluators.smoothing import Smoothing, certify, radius_of
+from robustbench_diffaug.evaluators.certificates import certify, radius_of
+from robustbench_diffaug.evaluators.smoothing import Smoothing
 from robustbench_diffaug.records import Declared, Records
 from robustbench_diffaug.testing import check_evaluator
 

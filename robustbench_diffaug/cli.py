@@ -4,12 +4,13 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from robustbench_diffaug.flags import FILE, RUN_FLAGS, SUITE_FLAGS, flag
+from robustbench_diffaug.flags import FILE, FORMATS, IMPORT_FLAGS, RUN_FLAGS, SUITE_FLAGS, flag, only
 
 if TYPE_CHECKING:
     from robustbench_diffaug.runs import Options
@@ -114,7 +115,8 @@ def report(runs: tuple[Path, ...], output: Path | None, settings: tuple[str, ...
     for word in formats.split(","):
         if word not in running.FORMATS:
             raise ValueError(f"--format {formats}: no format is called {word!r}{suggest(word, list(running.FORMATS))}")
-    done = running.report(runs[0], output, settings, formats.split(","), flags["trust"])
+    with terminal.figures():
+        done = running.report(runs[0], output, settings, formats.split(","), flags["trust"])
     for line in terminal.board(done):
         click.echo(line)
     _tell(done.failures)
@@ -234,24 +236,24 @@ def ls(what: str, verbose: bool) -> int:
 
 
 @cli.command("import")
-@click.argument("format", type=click.Choice(["robustbench", "cohen"]))
+@click.argument("format", type=click.Choice(list(FORMATS)))
 @click.argument("path", type=FILE)
 @flag("--output", "-o", type=FILE, required=True, help="The run folder; its name is the suite's.")
-@flag("--baseline", "baselines", multiple=True, help="robustbench: what mCE is relative to, if not its AlexNet.")
-@flag("--sigma", type=float, help="cohen: the noise level of the certificates; needed.")
-@flag("--n", type=int, help="cohen: draws of an estimate, if not certify.py's 100,000.")
-@flag("--n0", type=int, help="cohen: draws of a selection, if not certify.py's 100.")
-@flag("--alpha", type=float, help="cohen: the probability of a false certificate, if not certify.py's 0.001.")
-@flag("--radius", "radii", type=float, multiple=True, help="cohen: of certified accuracy. Default: steps of 0.25.")
-@flag("--checkpoint", help="cohen: the name of what was certified; default: the file's.")
+@IMPORT_FLAGS
 @flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
-def import_(format: str, path: Path, output: Path, baselines: tuple[str, ...], verbose: bool, **flags: Any) -> int:
-    """Makes a run folder of PATH, figures of another tool: robustbench, accuracies; cohen, certificates.
+def import_(format: str, path: Path, output: Path, verbose: bool, **flags: Any) -> int:
+    """Makes a run folder of PATH, figures of another tool.
 
-    The files are RobustBench's unaggregated_results.csv, and what certify.py of locuslab/smoothing or DDS wrote.
+    PATH is RobustBench's unaggregated_results.csv (robustbench), a file that certify.py of locuslab/smoothing or DDS
+    wrote (cohen), or OpenOOD's ood.csv, or a folder with its scores (openood).
     """
-    _only(format, {"robustbench": {"baseline": baselines}, "cohen": flags})
-    if format == "cohen":
+    only(format, flags)
+    if format == "openood":
+        from robustbench_diffaug.exchange import openood
+
+        found = openood.import_run(path, output, *(flags[name] or "" for name in ("score", "checkpoint", "id")))
+        shown, done = openood.lines(found), found.folder
+    elif format == "cohen":
         from robustbench_diffaug.exchange import cohen
 
         if flags["sigma"] is None:
@@ -262,7 +264,7 @@ def import_(format: str, path: Path, output: Path, baselines: tuple[str, ...], v
     else:
         from robustbench_diffaug.exchange import robustbench
 
-        done = robustbench.import_run(path, output, baselines)
+        done = robustbench.import_run(path, output, flags["baselines"])
         shown = robustbench.lines(done.leaderboard)
     for line in shown:
         click.echo(line)
@@ -272,38 +274,32 @@ def import_(format: str, path: Path, output: Path, baselines: tuple[str, ...], v
 
 
 @cli.command()
-@click.argument("format", type=click.Choice(["robustbench", "cohen"]))
+@click.argument("format", type=click.Choice(list(FORMATS)))
 @click.argument("run", type=FILE)
-@flag("--output", "-o", type=FILE, required=True, help="The file to write; of cohen, the folder.")
+@flag("--output", "-o", type=FILE, required=True, help="The file to write; of cohen and openood, the folder.")
 @flag("--bench", default="", help="Which bench, where several would do.")
-@flag("--set", "settings", multiple=True, metavar="A.B=VALUE", help="cohen: another alpha, as in rdiff report.")
-@flag("--trust", is_flag=True, help="cohen: lets the run's suite name code of yours, which then runs.")
+@flag("--set", "settings", multiple=True, metavar="A.B=VALUE", help="cohen, openood: another alpha, as in report.")
+@flag("--trust", is_flag=True, help="Lets the run's suite name code of yours, which then runs.")
 @flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
 def export(format: str, run: Path, output: Path, bench: str, settings: tuple[str, ...], **flags: Any) -> int:
     """Writes figures of the folder RUN as another tool has them.
 
-    robustbench: accuracies under corruptions as CSV; cohen: certificates, a file for each checkpoint and noise level.
+    robustbench: accuracies under corruptions as CSV; cohen: certificates, a file for each checkpoint and noise level;
+    openood: scores, a table and array files for each checkpoint and score.
     """
-    if format == "cohen":
-        from robustbench_diffaug.exchange import cohen
-
-        files = cohen.export_run(run, output, bench, settings, flags["trust"])
-        click.echo(f"wrote   {output}, {len(files)} files of certificates")
+    if format != "robustbench":
+        module, what = ("openood_export", "tables") if format == "openood" else ("cohen", "files of certificates")
+        files = import_module(f"robustbench_diffaug.exchange.{module}").export_run(
+            run, output, bench, settings, flags["trust"]
+        )
+        click.echo(f"wrote   {output}, {len(files)} {what}")
         return 0
-    _only(format, {"cohen": {"set": settings}})
+    only(format, {"settings": settings})
     from robustbench_diffaug.exchange import robustbench
 
     models = robustbench.export_run(run, output, bench)
     click.echo(f"wrote   {output}, {len(models)} checkpoints")
     return 0
-
-
-def _only(format: str, flags: dict[str, dict[str, Any]]) -> None:
-    """Refuses flags of another format than the one that is meant."""
-    for owner, own in flags.items():
-        for name, value in own.items():
-            if owner != format and value not in (None, "", ()):
-                raise ValueError(f"--{'radius' if name == 'radii' else name} is for {owner}, not for {format}")
 
 
 def _tell(failures: Sequence[dict[str, str]]) -> None:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -64,6 +65,7 @@ class _Work:
 
     Arguments:
         live: The networks of the cells that have not failed.
+        constants: Of each network.
         failures: Why the others have.
         tables: The rows of each cell, batch by batch.
         views: Seconds that views took to make, by their name.
@@ -72,6 +74,7 @@ class _Work:
     """
 
     live: dict[int, Model] = field(default_factory=dict)
+    constants: dict[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
     tables: dict[int, list[pa.Table]] = field(default_factory=lambda: defaultdict(list))
     views: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -132,7 +135,9 @@ def run(task: Task) -> Outcome:
     try:
         for batch in _batches(task, work.skipped):
             _evaluate(task, batch, work)
-    except Exception as error:  # of the dataset or the denoiser: all cells need them
+        for index, model in work.live.items():
+            work.constants[index] = task.evaluator.constants(model)
+    except Exception as error:  # of the dataset, the denoiser or the evaluator: all cells need them
         work.failures |= dict.fromkeys(work.live, reason(error))
         work.live.clear()
     shared = time.perf_counter() - started - sum(work.observing.values())
@@ -152,6 +157,7 @@ def run(task: Task) -> Outcome:
             "torch": str(torch.__version__),
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
+        task.store.keep(task.cells[index], work.constants[index])
         task.store.write(task.cells[index], task.rows, with_skipped(table, work.skipped), cost)
     return Outcome(task, work.failures)
 

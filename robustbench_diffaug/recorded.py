@@ -97,9 +97,9 @@ class Archive(Store):
         folder = self.root / _keyed(cell, "").folder
         return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
-    def _files(self, cell: Cell) -> list[tuple[int, int, Path]]:
+    def _folder(self, cell: Cell) -> Path | None:
         key = self.key(cell)
-        return [] if key is None else Store(self.root)._files(_keyed(cell, key))
+        return None if key is None else self.root / _keyed(cell, key).folder
 
     def files(self, cell: Cell) -> list[tuple[int, int, Path]]:
         """The first and the last position of each file of a cell, and its path."""

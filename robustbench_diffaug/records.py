@@ -1,20 +1,20 @@
 """What evaluators leave behind: per-sample columns, and the metrics that are functions of them alone."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from math import nan, prod
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Shaped
 
-from robustbench_diffaug import rng
+from robustbench_diffaug import reading, rng
 from robustbench_diffaug.batch import Batch, Columns
 from robustbench_diffaug.stats import Estimate
 
-__all__ = ["INDEX", "Declared", "Metric", "Records", "from_table", "to_table"]
+__all__ = ["INDEX", "Declared", "Metric", "Piece", "Records", "from_table", "to_table"]
 
 Better: TypeAlias = Literal["higher", "lower"]
 
@@ -78,19 +78,37 @@ class Declared:
     class_space: str = "subset"
 
 
-@dataclass(frozen=True)
+class Piece(NamedTuple):
+    """Some rows of a dataset, of which columns are still to be read.
+
+    Arguments:
+        dataset: Its name.
+        rows: How many.
+        read: The named columns of these rows.
+    """
+
+    dataset: str
+    rows: int
+    read: Callable[[Sequence[str]], Mapping[str, Shaped[np.ndarray, "n ..."]]]
+
+
+@dataclass(frozen=True, eq=False)  # by identity: what follows from records is kept as long as they are
 class Records:
     """Rows of one checkpoint on the datasets of a bench, sorted by dataset and position.
 
     Arguments:
-        columns: `INDEX` and the evaluator's own, read-only, the sample on the first axis.
+        columns: `INDEX` and the evaluator's own, read-only, the sample on the first axis; not those left in files.
         declared: The datasets that there should be rows of.
         seed: The suite's, to key resampling.
+        constants: Arrays of the checkpoint itself.
+        pieces: Where the columns are that were left in files, in the order of the rows; empty where none were.
     """
 
     columns: Mapping[str, Shaped[np.ndarray, "n ..."]]
     declared: tuple[Declared, ...]
     seed: int = 0
+    constants: Mapping[str, Shaped[np.ndarray, "..."]] = field(default_factory=dict)
+    pieces: tuple[Piece, ...] = ()
 
     def __getitem__(self, column: str) -> Shaped[np.ndarray, "n ..."]:
         """A column."""
@@ -104,9 +122,35 @@ class Records:
         """The rows of the datasets that a predicate keeps."""
         declared = tuple(dataset for dataset in self.declared if keep(dataset))
         if not len(self):
-            return Records(self.columns, declared, self.seed)
-        mask = np.isin(self.columns["dataset"], [dataset.name for dataset in declared])
-        return Records({name: column[mask] for name, column in self.columns.items()}, declared, self.seed)
+            return replace(self, declared=declared)
+        names = [dataset.name for dataset in declared]
+        mask = np.isin(self.columns["dataset"], names)
+        kept = {name: column[mask] for name, column in self.columns.items()}
+        return replace(
+            self, columns=kept, declared=declared, pieces=tuple(p for p in self.pieces if p.dataset in names)
+        )
+
+    def chunks(self, names: Sequence[str], size: int = 4096) -> Iterator[dict[str, Shaped[np.ndarray, "n ..."]]]:
+        """The named columns from the first row to the last, some rows at a time; files are read when it is their turn.
+
+        Arguments:
+            names: Of columns, whether held or left in files.
+            size: The most rows of a chunk, unless a file has more.
+        """
+        held = [name for name in names if name in self.columns]
+        left = [name for name in names if name not in self.columns]
+        start, waiting = 0, list[Piece]()
+        pieces = self.pieces or tuple(Piece("", count, lambda _: {}) for count in _cut(len(self), size))
+        for piece in (*pieces, None):
+            count = sum(found.rows for found in waiting)
+            if waiting and (piece is None or count + piece.rows > size):
+                read = [found.read(left) for found in waiting] if left else []
+                columns = {name: np.concatenate([part[name] for part in read]) for name in left}
+                yield columns | {name: self.columns[name][start : start + count] for name in held}
+                start, waiting = start + count, []
+                reading.count(count)
+            if piece is not None:
+                waiting.append(piece)
 
     def clusters(self) -> Shaped[np.ndarray, " n"]:
         """A name of the image behind each row: versions of one image are one cluster."""
@@ -131,6 +175,11 @@ class Records:
         origins = {dataset.origin: dataset.n_available for dataset in self.declared}  # a version of an image is no more
         complete = len(self) == sum(dataset.n for dataset in self.declared)
         return Metric(name, group, *estimate, sum(origins.values()), complete, better, unit, headline)
+
+
+def _cut(count: int, size: int) -> Iterator[int]:
+    """How many of `count` rows are in each piece of `size`."""
+    return (min(size, count - start) for start in range(0, count, size))
 
 
 def to_table(batch: Batch, declared: Declared, columns: Columns) -> pa.Table:
@@ -168,16 +217,16 @@ def to_table(batch: Batch, declared: Declared, columns: Columns) -> pa.Table:
 def from_table(table: pa.Table) -> dict[str, Shaped[np.ndarray, "n ..."]]:
     """The columns of a table as read-only arrays."""
     columns = {}
-    for field in table.schema:
-        column = table[field.name].combine_chunks()
-        if pa.types.is_fixed_size_list(field.type):
-            shape = tuple(map(int, (field.metadata or {})[b"shape"].split(b"x")))
+    for entry in table.schema:
+        column = table[entry.name].combine_chunks()
+        if pa.types.is_fixed_size_list(entry.type):
+            shape = tuple(map(int, (entry.metadata or {})[b"shape"].split(b"x")))
             array = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), *shape)
-        elif pa.types.is_string(field.type):
+        elif pa.types.is_string(entry.type):
             array = np.array(column.to_pylist(), dtype=np.str_)
         else:
             array = column.to_numpy(zero_copy_only=False)
         array = array.view()
         array.setflags(write=False)
-        columns[field.name] = array
+        columns[entry.name] = array
     return columns

@@ -227,9 +227,11 @@ def results(
         failures: Those of the run itself: bench, checkpoint, dataset, reason.
         drawn: Whether the page is made, which takes the longest.
     """
-    (metrics, failed), costs = summary.metrics(suite, store), summary.costs(suite, store)
+    (metrics, failed, remarks), costs = summary.metrics(suite, store), summary.costs(suite, store)
     board, told = tables.leaderboard(metrics), [dict(failure) for failure in (*failures, *failed)]
-    files = rendered(metrics, board, costs, {**manifest, "failures": told}, drawn)
+    said = {"remarks": remarks} if remarks else {}
+    rest = {key: value for key, value in manifest.items() if key != "remarks"}
+    files = rendered(metrics, board, costs, {**rest, "failures": told, **said}, drawn)
     return Results(metrics, board, told, files)
 
 

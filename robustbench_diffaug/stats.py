@@ -37,6 +37,7 @@ from scipy.special import betainc, betaincinv
 
 __all__ = ["LEVEL", "Curve", "Estimate", "auroc", "binomial_lower", "bootstrap", "clustered_mean", "curve_estimates"]
 __all__ += ["ece", "ece_estimate", "exact_proportion", "fpr_at_tpr", "grouped", "mask", "mean", "proportion", "rows"]
+__all__ += ["unseen"]
 
 Rows = NDArray[Any]  # one entry per row: booleans, numbers or ids, of shape (n,)
 Floats = NDArray[np.float64]
@@ -176,7 +177,7 @@ def _limits(replicates: Floats, level: float) -> tuple[float, float]:
     return float(low[rank - 1]), float(high[-rank])
 
 
-def _unseen(n: int, level: float) -> float:
+def unseen(n: int, level: float) -> float:
     """The largest share u of deviating clusters that n clusters without one do not exclude."""
     return 1 - ((1 - level) / 2) ** (1 / n) if n else 1.0
 
@@ -186,7 +187,7 @@ def _within_unit(value: float, low: float, high: float, n: int, level: float) ->
     low, high = max(0.0, min(low, value)), min(1.0, max(high, value))
     if high - low > 1e-12:
         return low, high
-    share = _unseen(n, level)
+    share = unseen(n, level)
     return value - share * value, value + share * (1 - value)
 
 
@@ -298,7 +299,7 @@ def ece_estimate(
     low, high = value - chance, max(value, 2 * value - least)
     if high - low <= 1e-12:
         # A share u of unseen clusters moves the summed gaps by at most u, and takes u of the ones that are there.
-        margin = _unseen(count, level) * (1 + value)
+        margin = unseen(count, level) * (1 + value)
         low, high = value - margin, value + margin
     return Estimate(value, max(0.0, low), min(1.0, high), count)
 

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,10 +18,11 @@ from robustbench_diffaug.component import digest_of, fingerprint
 from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.evaluators.base import Evaluator
 from robustbench_diffaug.files import atomic
-from robustbench_diffaug.records import Records, from_table
+from robustbench_diffaug.records import Piece, Records, from_table
 
-__all__ = ["Cell", "Store", "of_nothing", "with_skipped"]
+__all__ = ["Cell", "Store", "columns_of", "of_nothing", "with_skipped"]
 
+CONSTANTS = "constants.safetensors"
 LONGEST = 200  # characters of a folder's name; most file systems take 255
 
 
@@ -103,16 +104,36 @@ class Store:
             # In one piece: the bytes must not tell how the rows were batched.
             pq.write_table(table.combine_chunks(), file, compression="zstd")
 
-    def read(self, cells: Iterable[Cell]) -> Records:
+    def keep(self, cell: Cell, constants: Mapping[str, np.ndarray]) -> None:
+        """Writes the arrays of a cell's checkpoint that figures need, beside its records; once."""
+        path = self.root / cell.folder / CONSTANTS
+        if constants and not path.exists():
+            from safetensors.numpy import save
+
+            with atomic(path) as file:
+                file.write(save({name: np.ascontiguousarray(array) for name, array in constants.items()}))
+
+    def read(self, cells: Iterable[Cell], whole: bool = False) -> Records:
         """All rows of one checkpoint on some datasets.
+
+        Arguments:
+            cells: Of one checkpoint in one bench.
+            whole: Whether to read the columns too that the evaluator calls `heavy`; without it they are left in the
+                files, for `Records.chunks`.
 
         Raises:
             ValueError: If a file is damaged, or two of them hold the same sample.
         """
         cells = tuple(cells)
-        found = (self._table(*file) for cell in cells for file in self._files(cell))
-        tables = [table for table in found if len(table)]
+        heavy = () if whole else cells[0].evaluator.heavy
         declared = tuple(cell.dataset.declared() for cell in cells)
+        tables, pieces = [], []
+        for cell in cells:
+            for first, last, path in self._files(cell):
+                table = _table(first, last, path, heavy)
+                if len(table):
+                    tables.append(table)
+                    pieces.append(Piece(cell.dataset.name, len(table), partial(columns_of, path)))
         if not tables:
             return Records({}, declared, cells[0].seed)
         columns = from_table(pa.concat_tables(tables))
@@ -122,7 +143,20 @@ class Store:
                 raise ValueError(
                     f"{self.root}: sample {sample} of {dataset} is recorded twice; delete one of its files"
                 )
-        return Records(columns, declared, cells[0].seed)
+        constants = self._constants(cells)
+        return Records(columns, declared, cells[0].seed, constants, tuple(pieces) if heavy else ())
+
+    def _constants(self, cells: Iterable[Cell]) -> dict[str, np.ndarray]:
+        """What was kept of the checkpoint, which is the same beside all its cells."""
+        found: dict[bytes, Path] = {}
+        for cell in cells:
+            folder = self._folder(cell)
+            if folder and (path := folder / CONSTANTS).is_file():
+                found.setdefault(path.read_bytes(), path)
+        if len(found) > 1:
+            one, other = list(found.values())[:2]
+            raise ValueError(f"{one} and {other} should be equal and are not; delete the folders of both and run again")
+        return {name: array for content, path in found.items() for name, array in _loaded(content, path).items()}
 
     def skipped(self, cell: Cell) -> list[tuple[str, str]]:
         """The images that could not be decoded and were left out of a cell: id and reason of each.
@@ -151,20 +185,52 @@ class Store:
             costs.append({"samples": last - first + 1, **known})
         return costs
 
+    def _folder(self, cell: Cell) -> Path | None:
+        """Where the files of a cell are; None for one without records."""
+        return self.root / cell.folder
+
     def _files(self, cell: Cell) -> list[tuple[int, int, Path]]:
         found = []
-        for path in sorted((self.root / cell.folder).glob("*.parquet")):
+        folder = self._folder(cell)
+        for path in sorted(folder.glob("*.parquet")) if folder else ():
             first, _, last = path.stem.partition("-")
             if first.isdecimal() and last.isdecimal():
                 found.append((int(first), int(last), path))
         return found
 
-    def _table(self, first: int, last: int, path: Path) -> pa.Table:
-        try:
-            with pq.ParquetFile(path) as file:  # not `read_table`, which makes a column of a folder called a=b
-                table = file.read()
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
-        if len(table) + len(_skipped(table.schema, path)) != last - first + 1:
-            raise ValueError(f"{path} is damaged (it holds {len(table)} samples); delete it and run again")
-        return table.replace_schema_metadata(None)  # files that say different things of themselves are one table
+
+def _table(first: int, last: int, path: Path, heavy: Sequence[str] = ()) -> pa.Table:
+    """The rows of a file, without the heavy columns."""
+    try:
+        with pq.ParquetFile(path) as file:  # not `read_table`, which makes a column of a folder called a=b
+            light = [name for name in file.schema_arrow.names if name not in heavy] if heavy else None
+            table = file.read(columns=light)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
+    if len(table) + len(_skipped(table.schema, path)) != last - first + 1:
+        raise ValueError(f"{path} is damaged (it holds {len(table)} samples); delete it and run again")
+    return table.replace_schema_metadata(None)  # files that say different things of themselves are one table
+
+
+def columns_of(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Some columns of a file of records.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            return from_table(file.read(columns=list(names)))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
+
+
+def _loaded(content: bytes, path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        return load(content)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete the folder and run again") from error

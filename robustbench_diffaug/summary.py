@@ -3,13 +3,14 @@
 import platform
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import pandas as pd
 
+from robustbench_diffaug import reading
 from robustbench_diffaug.checkpoints.base import Checkpoint
 from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.engine import cells, reason
@@ -18,7 +19,7 @@ from robustbench_diffaug.records import Metric, Records
 from robustbench_diffaug.store import Cell, Store
 from robustbench_diffaug.suite import Bench, Suite
 
-__all__ = ["COLUMNS", "costs", "manifest", "metrics"]
+__all__ = ["COLUMNS", "Told", "costs", "manifest", "metrics"]
 
 Figures: TypeAlias = Mapping[str, Sequence[Metric]]
 """Metrics by the id of the checkpoint."""
@@ -30,31 +31,59 @@ LISTED = 10  # images that a notice names
 PACKAGES = ("robustbench-diffaug", "torch", "timm", "diffusers", "numpy", "scipy", "statsmodels", "pillow")
 
 
-def metrics(suite: Suite, store: Store) -> tuple[pd.DataFrame, list[dict[str, str]]]:
-    """All figures of a run, and what an evaluator could make no figures of.
+class Told(NamedTuple):
+    """What the records of a run say.
 
-    Returns:
-        The figures in long form, with the columns `COLUMNS`; and of each checkpoint of a bench whose records are there
-        and whose metrics failed: bench, checkpoint, dataset 'all', and the reason.
+    Arguments:
+        metrics: All figures in long form, with the columns `COLUMNS`.
+        failures: Of each checkpoint of a bench whose records are there and whose metrics failed: bench, checkpoint,
+            dataset 'all', and the reason.
+        remarks: What evaluators say that a reader must know.
+    """
+
+    metrics: pd.DataFrame
+    failures: list[dict[str, str]]
+    remarks: list[str]
+
+
+def metrics(suite: Suite, store: Store) -> Told:
+    """All figures of a run, what an evaluator could make no figures of, and what it remarks.
 
     Raises:
         ValueError: If records are damaged.
     """
     rows: list[dict[str, Any]] = []
-    failures = []
+    failures, remarks = [], []
     for bench in suite.benches:
         columns = {entry.id: column for entry, column in _by_checkpoint(suite, bench)}
-        compared, odd = _compared(bench, store, columns)
+        read = _reader(bench, store, columns)
+        compared, odd = _compared(bench, read, tuple(columns))
         if odd:
             failures.append(_failure(bench, "all", odd))
-        for id, column in columns.items():
-            records = store.read(column)
+        for id in columns:
+            reading.begin(f"figures of {bench.name}, {id}")
+            records = read(id)
             named = {"suite": suite.name, "bench": bench.name, "evaluator": bench.evaluator.kind, "checkpoint": id}
             try:
                 rows += [figure | named for figure in _figures(bench, records, compared.get(id, []))]
+                remarks += [f"{bench.name}, {id}: {remark}" for remark in bench.evaluator.notices(records)]
             except Exception as error:  # whatever the evaluator raises costs no other checkpoint its figures
                 failures.append(_failure(bench, id, reason(error)))
-    return pd.DataFrame(rows, columns=pd.Index(COLUMNS)), failures
+    return Told(pd.DataFrame(rows, columns=pd.Index(COLUMNS)), failures, remarks)
+
+
+def _reader(bench: Bench, store: Store, columns: Mapping[str, tuple[Cell, ...]]) -> Callable[[str], Records]:
+    """Reads the records of a checkpoint; those whose heavy columns stay in files are kept."""
+    held: dict[str, Records] = {}
+
+    def read(id: str) -> Records:
+        if not bench.evaluator.heavy:
+            return store.read(columns[id])
+        if id not in held:
+            held[id] = store.read(columns[id])
+        return held[id]
+
+    return read
 
 
 def _failure(bench: Bench, checkpoint: str, why: str) -> dict[str, str]:
@@ -66,11 +95,11 @@ def _failure(bench: Bench, checkpoint: str, why: str) -> dict[str, str]:
     }
 
 
-def _compared(bench: Bench, store: Store, columns: Mapping[str, tuple[Cell, ...]]) -> tuple[Figures, str]:
+def _compared(bench: Bench, read: Callable[[str], Records], ids: Sequence[str]) -> tuple[Figures, str]:
     """The figures that need the records of several checkpoints, by checkpoint, and why there are no more, if so."""
     found: dict[str, list[Metric]] = {}
     try:
-        for id, figure in bench.evaluator.compare(tuple(columns), lambda named: store.read(columns[named])):
+        for id, figure in bench.evaluator.compare(ids, read):
             found.setdefault(id, []).append(figure)
     except Exception as error:  # damaged records among it: reading them again will say so
         return found, reason(error)

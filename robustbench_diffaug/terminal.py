@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from robustbench_diffaug import probe
+from robustbench_diffaug import probe, reading
 from robustbench_diffaug.engine import Outcome, Task, settle, total
 from robustbench_diffaug.evaluators.base import Forwards
 from robustbench_diffaug.evaluators.smoothing import Smoothing
@@ -28,7 +28,7 @@ from robustbench_diffaug.train.generate import Generation
 from robustbench_diffaug.train.loop import Step
 from robustbench_diffaug.train.recipe import Recipe
 
-__all__ = ["board", "cost", "counted", "estimated", "plan", "progress", "train", "training"]
+__all__ = ["board", "cost", "counted", "estimated", "figures", "plan", "progress", "train", "training"]
 
 BACKWARD = 2  # forwards that a backward pass costs about, for the bar alone
 VIEWS = 3  # classifier forwards that cost about what a denoiser forward does, for the bar alone
@@ -94,8 +94,36 @@ def progress(quiet: bool, workers: int = 1) -> Iterator[Shown]:
     """A bar on standard error; on a pipe only its last state is printed. Of `workers` processes is the estimate."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     clocks = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, *clocks, console=Console(stderr=True, quiet=quiet), disable=quiet) as bar:
+    with Progress(*columns, *clocks, console=Console(stderr=True, quiet=quiet), disable=quiet) as bar, _reading(bar):
         yield Shown(bar, workers)
+
+
+@contextmanager
+def figures(quiet: bool = False) -> Iterator[None]:
+    """A line on standard error while figures are computed from records, where that takes long."""
+    columns = (TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True, quiet=quiet), transient=True) as bar, _reading(bar):
+        yield
+
+
+@contextmanager
+def _reading(bar: Progress) -> Iterator[None]:
+    """Adds a line for the reading of heavy records, once there is any."""
+    job: list[TaskID] = []
+    rows = 0
+
+    def watch(what: str, more: int) -> None:
+        nonlocal rows
+        rows += more
+        if rows and not job:
+            job.append(bar.add_task(what, total=None))
+        if job:
+            bar.update(job[0], description=f"{what}: {rows:,} rows read")
+
+    with reading.watched(watch):
+        yield
+    for line in job:
+        bar.remove_task(line)
 
 
 @contextmanager

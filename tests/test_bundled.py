@@ -20,6 +20,7 @@ from robustbench_diffaug.train.recipe import ClassifierRecipe, DenoiserRecipe
 ZOO = Path(__file__).parent.parent / "robustbench_diffaug" / "zoo"
 CARDS = sorted(ZOO.glob("*.card.yaml"))
 LEAST = {"resnet": 0.97, "vit": 0.94}
+LARGE = ("imagenet", "cifar", "openood/")  # of data that the package cannot hold
 
 
 def test_the_data_are_what_they_should_be() -> None:
@@ -53,9 +54,10 @@ def test_cards_are_true(path: Path) -> None:
     if not isinstance(recipe, ClassifierRecipe):
         return
     checkpoint = Timm.model_validate(entry, context={"folder": ZOO})
-    images, labels = Mnist5k(split="test").opened().read(range(1000))
+    assert recipe.test is not None
+    images, labels = recipe.test.opened().read(recipe.test.rows())
     accuracy = float((checkpoint.loaded(Limits()).logits(images).argmax(1) == labels).float().mean())
-    assert card["accuracy"]["value"] == pytest.approx(accuracy, abs=0.0011)  # one image, for another processor
+    assert card["accuracy"]["value"] == pytest.approx(accuracy, abs=1.1 / len(labels))  # one image
     assert accuracy >= LEAST[card["name"].partition("-")[0]]
 
 
@@ -72,7 +74,7 @@ def test_twins_are_equally_good_on_clean_images() -> None:
         assert abs(plain["value"] - diffaug["value"]) <= 0.015
 
 
-@pytest.mark.parametrize("name", sorted(name for name in built_in() if not name.startswith(("imagenet", "cifar"))))
+@pytest.mark.parametrize("name", sorted(name for name in built_in() if not name.startswith(LARGE)))
 def test_bundled_suites_are_sound(name: str) -> None:
     check(load(name))
 

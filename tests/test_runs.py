@@ -259,7 +259,7 @@ def test_backwards_are_a_metric_where_there_are_any(
     runs.execute(loaded, runs.Options(tmp_path / "run"))
 
     def counts() -> set[tuple[str, float, int]]:
-        found, _ = summary.metrics(loaded.suite, Store(tmp_path / "run"))
+        found = summary.metrics(loaded.suite, Store(tmp_path / "run")).metrics
         rows = found[(found["group"] == "cost") & (found["bench"] == "shift") & found["metric"].str.contains("wards/d")]
         return set(zip(rows["metric"], rows["value"], rows["n"], strict=True))
 

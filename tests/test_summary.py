@@ -126,10 +126,9 @@ def test_comparisons_that_came_before_a_failure_are_kept(monkeypatch: pytest.Mon
         raise ValueError("there is no second")
 
     monkeypatch.setattr(Shift, "compare", compare)
-    assert summary._compared(load("smoke").suite.benches[0], Store(tmp_path), {}) == (
-        {"bayes": [first]},
-        "there is no second",
-    )
+    bench = load("smoke").suite.benches[0]
+    read = summary._reader(bench, Store(tmp_path), {})
+    assert summary._compared(bench, read, ()) == ({"bayes": [first]}, "there is no second")
 
 
 def test_a_run_without_any_figure_has_a_report(brittle: Any, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from robustbench_diffaug import rng
 from robustbench_diffaug.batch import Limits
 from robustbench_diffaug.checkpoints.conditioning import Want
 from robustbench_diffaug.checkpoints.model import Model
-from robustbench_diffaug.component import Component, Outside, Value, fingerprint
+from robustbench_diffaug.component import Component, Later, Outside, Value, fingerprint
 
 __all__ = ["Checkpoint", "Preprocess", "normalising"]
 
@@ -92,6 +92,7 @@ class Checkpoint(Component, ABC):
         precision: Of the network's arithmetic.
         wants: What the network sees besides the image: 'sigma', its noise level, and 'denoised', its denoised twin.
             Such a network takes the planes of `conditioning.packed`, and `preprocess` is left as it is.
+        head: The dotted name of the last layer, whose input are the features; empty to find it.
         microbatch: The number of images in every call of the network, part of the identity (see `fixed_shape`).
     """
 
@@ -103,6 +104,7 @@ class Checkpoint(Component, ABC):
     preprocess: Preprocess = Preprocess()
     precision: Literal["float32", "bfloat16"] = "float32"
     wants: tuple[Want, ...] = ()
+    head: Annotated[str, Later] = ""
     microbatch: PositiveInt = 128
 
     @model_validator(mode="after")
@@ -210,4 +212,4 @@ def _loaded(
     if compiled:
         network.compile(dynamic=False)  # it is called in one shape
     shape = (checkpoint.classes, checkpoint.microbatch, dtype)
-    return Model(checkpoint.id, network, checkpoint.preprocess, *shape, checkpoint.wants)
+    return Model(checkpoint.id, network, checkpoint.preprocess, *shape, checkpoint.wants, checkpoint.head)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from robustbench_diffaug.batch import fixed_shape
 from robustbench_diffaug.checkpoints.conditioning import Want, packed
+from robustbench_diffaug.checkpoints.features import Last, capture, last_layer
 
 __all__ = ["Model"]
 
@@ -25,6 +27,7 @@ class Model:
         microbatch: The number of images in every call.
         dtype: Of the network's weights and input.
         wants: What it sees besides the image.
+        head: The dotted name of its last layer; empty to find it.
     """
 
     id: str
@@ -34,6 +37,7 @@ class Model:
     microbatch: int
     dtype: torch.dtype = torch.float32
     wants: tuple[Want, ...] = ()
+    head: str = ""
 
     def logits(
         self,
@@ -55,14 +59,51 @@ class Model:
         flat = images.reshape(-1, *images.shape[-3:])
         if self.wants:
             flat = self._packed(flat, sigma, denoised)
-        logits = fixed_shape(self._forward, flat, self.microbatch)
+        logits = self._checked(fixed_shape(self._forward, flat, self.microbatch))
+        return logits.reshape(*images.shape[:-3], self.classes)
+
+    def features(self, images: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n d"]]:
+        """The logits of images in [0, 1], and the input of the last layer, in one pass; differentiable.
+
+        Raises:
+            ValueError: As `logits`, and if there is no layer whose linear function the logits are.
+        """
+        if self.wants:
+            raise ValueError(f"{self.id} classifies noisy images and wants {' and '.join(self.wants)} with each")
+        both = capture(self._forward, self.last(images).layer)
+        joined = fixed_shape(lambda part: torch.cat(both(part), dim=1), images, self.microbatch)
+        logits, features = joined[:, : self.classes], joined[:, self.classes :]
+        if not bool(torch.isfinite(features).all()):
+            raise ValueError(f"{self.id} gives NaN or infinite features")
+        return self._checked(logits), features
+
+    def last(self, images: Float[Tensor, "n c h w"]) -> Last:
+        """The last layer, found by showing the network some images.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if not self.found:
+            try:
+                self.found.append(last_layer(self.network, self._prepared(images[:1]), self.head or None))
+            except ValueError as error:
+                raise ValueError(f"{self.id}: {error}") from error
+        return self.found[0]
+
+    @cached_property
+    def found(self) -> list[Last]:
+        """The last layer, once it was found."""
+        return []
+
+    def _checked(self, logits: Tensor) -> Float[Tensor, "n k"]:
         if logits.ndim != 2 or logits.shape[1] != self.classes:
             found = tuple(logits.shape[1:])
             raise ValueError(f"{self.id} gives {found} outputs an image, not {self.classes}; correct `classes`")
         finite = torch.isfinite(logits).all(dim=1)
         if not bool(finite.all()):
-            raise ValueError(f"{self.id} gives NaN or infinite logits for {int((~finite).sum())} of {len(flat)} images")
-        return logits.reshape(*images.shape[:-3], self.classes)
+            count = int((~finite).sum())
+            raise ValueError(f"{self.id} gives NaN or infinite logits for {count} of {len(logits)} images")
+        return logits
 
     def _packed(self, flat: Tensor, sigma: Tensor | None, denoised: Tensor | None) -> Tensor:
         if sigma is None or ("denoised" in self.wants and denoised is None):
@@ -71,9 +112,12 @@ class Model:
         twin = denoised.reshape(flat.shape) if denoised is not None and "denoised" in self.wants else None
         return packed(flat, sigma.reshape(-1).to(flat), twin)
 
-    def _forward(self, images: Tensor) -> Tensor:
+    def _prepared(self, images: Tensor) -> Tensor:
         prepared = images if self.wants else self.preprocess(images)
-        output = self.network(prepared.to(dtype=self.dtype, memory_format=torch.channels_last))
+        return prepared.to(dtype=self.dtype, memory_format=torch.channels_last)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        output = self.network(self._prepared(images))
         if not isinstance(output, Tensor):
             raise ValueError(f"{self.id} returns {type(output).__name__}, not a tensor of logits")
         return output.float()

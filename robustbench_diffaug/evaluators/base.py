@@ -4,6 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
+import numpy as np
+from jaxtyping import Shaped
+
 from robustbench_diffaug.batch import Batch, Columns, View
 from robustbench_diffaug.checkpoints.model import Model
 from robustbench_diffaug.component import Component
@@ -31,11 +34,13 @@ class Forwards(NamedTuple):
 class Evaluator(Component, ABC):
     """What to show to checkpoints, what to keep of their answers, and the figures that follow.
 
-    A subclass has fields, no state, and may replace `views`, `record`, `forwards`, `denoisers`, `check`, `fits` and
-    `compare`.
+    A subclass has fields, no state, and may replace `views`, `record`, `constants`, `compare`, `notices`, `forwards`,
+    `denoisers`, `check` and `fits`.
     """
 
     family: ClassVar[str] = "robustbench_diffaug.evaluators"
+    heavy: ClassVar[tuple[str, ...]] = ()
+    """Columns that are too large to be held: `metrics` reads them by `Records.chunks`."""
 
     def views(self, batch: Batch) -> Iterator[View]:
         """Images to show, the same for every checkpoint. Default: the batch itself."""
@@ -50,6 +55,13 @@ class Evaluator(Component, ABC):
         ((only,),) = seen.values()
         return only
 
+    def constants(self, model: Model) -> Mapping[str, Shaped[np.ndarray, "..."]]:
+        """Arrays of the checkpoint itself that `metrics` needs, kept beside its records. Default: none.
+
+        It is asked for after the network has looked at images.
+        """
+        return {}
+
     @abstractmethod
     def metrics(self, records: Records) -> Iterable[Metric]:
         """Figures with intervals, from all records of one checkpoint on all datasets of a bench."""
@@ -61,6 +73,10 @@ class Evaluator(Component, ABC):
             checkpoints: The ids of the bench's.
             records: Reads those of one checkpoint.
         """
+        return ()
+
+    def notices(self, records: Records) -> Iterable[str]:
+        """What a reader must know of one checkpoint's figures. Default: nothing."""
         return ()
 
     def forwards(self) -> Forwards:

@@ -13,7 +13,7 @@ References:
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from decimal import ROUND_FLOOR, Decimal
@@ -194,7 +194,7 @@ def export_run(
         "files": {file.relative_to(path).as_posix(): _sha256(content) for file, content in contents.items()},
     }
     written = {**contents, path / PARAMETERS: json.dumps(about, indent=1, ensure_ascii=False).encode() + b"\n"}
-    _free(path, written)
+    folder.free(path, written)
     for file, content in written.items():
         with atomic(file) as opened:
             opened.write(content)
@@ -203,15 +203,6 @@ def export_run(
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _free(path: Path, files: Collection[Path]) -> None:
-    """Finds that a folder holds nothing but files that are about to be written."""
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file; give a folder with --output")
-    other = [file for file in path.rglob("*") if not file.is_dir() and file not in files]
-    if other:
-        raise ValueError(f"{path} holds other files, such as {other[0].name}; give another folder with --output")
 
 
 def _bench(root: Path, suite: Suite, name: str) -> tuple[Bench, Smoothing]:

@@ -43,6 +43,7 @@ class Cell:
     better: str
     complete: bool
     shade: float | None = None
+    chosen: bool = False
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Cell":
@@ -110,12 +111,13 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of a page."""
+    """A table of a page; spans are headings over several columns, each with how many it covers."""
 
     caption: str
     corner: str
     columns: Sequence[str]
     rows: Sequence[Row]
+    spans: Sequence[tuple[str, int]] = ()
 
 
 def shaded(tables: Sequence[Table]) -> list[Table]:

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no text but numbers and axis labels of ours, so no name can harm or break them.
+"""Charts as inline SVG: no text but numbers and axis labels of ours, so no name can harm or break them.
 
 Names of checkpoints stay in the page's HTML, next to the `swatch` of their line. Colours are CSS variables of the page
 (`--series-0` ... `--series-6`, `--paper`) and `currentColor`, so one chart serves light, dark and print. The same input
@@ -7,7 +7,7 @@ gives the same bytes.
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Axis", "Line", "chart", "swatch"]
+__all__ = ["Axis", "Line", "chart", "histogram", "roc", "swatch"]
 
 SERIES = 7  # colours of the page; with markers and dashes, of which there are 5 and 4, 140 lines look different
 MARKERS = "os^Dv"
+WIDE, HIGH = 160, 56  # of a histogram
 DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
 
 # Matplotlib has no CSS variables: each of these stands for one until the SVG is text.
@@ -172,9 +173,69 @@ def chart(lines: Sequence[Line], axis: Axis, prefix: str, title: str, descriptio
         axes.margins(x=0.02)
         if axis.top is not None:
             axes.set_ylim(0, axis.top)
-        figure.patch.set_visible(False)
         axes.patch.set_visible(False)
+        figure.patch.set_visible(False)
         drawing = _inline(figure, prefix)
+    return _element(drawing, prefix, title, description)
+
+
+def roc(lines: Sequence[Line], prefix: str, title: str, description: str) -> str:
+    """An SVG element of ROC curves, and the diagonal of a score that knows nothing.
+
+    Arguments:
+        lines: Shares flagged, of the positive kind (y) against the other (x), in [0, 1]; intervals are not drawn, since
+            many curves lie close together.
+        prefix: What its ids begin with, as of a chart.
+        title: What it shows, for screen readers; any text.
+        description: What is to be seen in it, or where its numbers are.
+    """
+    from matplotlib.figure import Figure
+
+    with _settings():
+        figure = Figure(figsize=(4, 3.8))
+        axes = figure.add_axes((0.15, 0.14, 0.82, 0.83))
+        axes.plot([0, 100], [0, 100], color=INK, alpha=0.3, linewidth=0.6)
+        for line in lines:
+            marks = (line.style % 5, max(1, len(line.x) // 3))  # few, and of neighbours not at one place
+            axes.plot(100 * line.x, 100 * line.y, clip_on=False, **_look(line.style) | {"markevery": marks})
+        axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="ID images flagged, %", ylabel="OOD images flagged, %")
+        axes.set(xticks=range(0, 101, 20), yticks=range(0, 101, 20))
+        axes.grid(color=INK, alpha=0.14, linewidth=0.6)
+        axes.tick_params(length=3, width=0.6)
+        axes.patch.set_visible(False)
+        figure.patch.set_visible(False)
+        drawing = _inline(figure, prefix)
+    return _element(drawing, prefix, title, description)
+
+
+def histogram(at: NDArray[np.float64], shares: Mapping[str, NDArray[np.float64]], prefix: str, title: str) -> str:
+    """A small SVG element of histograms on top of each other, without numbers, as high as their highest bin.
+
+    Arguments:
+        at: The centres of the bins, increasing, of shape (b,).
+        shares: What lies in each bin, of shape (b,), by a name: letters and hyphens; the page styles `role-<name>`.
+        prefix: What its ids begin with, as of a chart.
+        title: What it shows, for screen readers; any text.
+    """
+    width = float(np.diff(at).min()) if len(at) > 1 else 1.0
+    left, span = float(at[0]) - width / 2, float(at[-1] - at[0]) + width
+    top = max((float(share.max(initial=0.0)) for share in shares.values()), default=0.0) or 1.0
+    ends = WIDE * (np.stack([at - width / 2, at + width / 2]) - left) / span
+
+    def outline(share: NDArray[np.float64]) -> str:
+        steps = "".join(
+            f"H{start:.1f}V{HIGH * (1 - y / top):.1f}H{end:.1f}" for start, end, y in zip(*ends, share, strict=True)
+        )
+        return f"M0 {HIGH}{steps}V{HIGH}"
+
+    paths = "".join(f'<path class="role-{name}" d="{outline(share)}"/>' for name, share in shares.items())
+    peaks = ", ".join(f"{name} {at[int(np.argmax(share))]:.2f}" for name, share in shares.items())
+    described = f"Highest bins, where 0 and 1 are the 0.5 and 99.5 percentiles of all scores: {peaks}."
+    return _element(Drawing(f"-1 -1 {WIDE + 2} {HIGH + 2}", paths), prefix, title, described)
+
+
+def _element(drawing: Drawing, prefix: str, title: str, description: str) -> str:
+    """An SVG element that says what it shows."""
     return (
         f'<svg viewBox="{drawing.box}" role="img" aria-labelledby="{prefix}-title {prefix}-desc">'
         f'<title id="{prefix}-title">{escape(title)}</title><desc id="{prefix}-desc">{escape(description)}</desc>'

@@ -2,27 +2,11 @@
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+
+from robustbench_diffaug.report import detection_glossary
+from robustbench_diffaug.report.entry import Entry, Source
 
 __all__ = ["Entry", "entries"]
-
-
-class Source(NamedTuple):
-    """A publication."""
-
-    title: str
-    authors: str
-    year: int
-    url: str
-
-
-class Entry(NamedTuple):
-    """A metric of the glossary; `pattern` finds its names."""
-
-    term: str
-    pattern: str
-    formula: str
-    source: Source | None = None
 
 
 COMMON = Source(
@@ -54,10 +38,6 @@ SMOOTHING = Source(
 MACER = Source(
     "MACER: attack-free and scalable robust training via maximizing certified radius",
     "Zhai et al.", 2020, "https://arxiv.org/abs/2001.02378",
-)  # fmt: skip
-OPENOOD = Source(
-    "OpenOOD v1.5: enhanced benchmark for out-of-distribution detection",
-    "Zhang et al.", 2023, "https://arxiv.org/abs/2306.09301",
 )  # fmt: skip
 BAND = Source(
     "The tight constant in the Dvoretzky-Kiefer-Wolfowitz inequality",
@@ -143,7 +123,7 @@ ENTRIES = (
     ),
     Entry(
         "…/gain/…",
-        r"(.+/)?gain/.+",
+        r"(.+/)?gain/(?!(auroc|fpr95_|aupr_|detection_error|auoscr)).+",
         "accuracy of the mode minus that of the plain network, on the same samples, with the interval of the "
         "paired difference, in percentage points.",
         PAIRED,
@@ -228,19 +208,7 @@ ENTRIES = (
         "wrong or abstains.",
         MACER,
     ),
-    Entry(
-        "auroc/…, aupr_in/…, aupr_out/…",
-        r"(auroc|aupr_in|aupr_out)/.+",
-        "area under the ROC curve, and under the precision-recall curve with in- or out-of-distribution as positive.",
-        OPENOOD,
-    ),
-    Entry(
-        "fpr95_ood_positive/…, fpr95_id_positive/…",
-        r"fpr95_(ood|id)_positive/.+",
-        "false positive rate at a true positive rate of 95 %, with out- or in-distribution samples as "
-        "positive: two numbers that must not be compared.",
-        OPENOOD,
-    ),
+    *detection_glossary.ENTRIES,
     Entry(
         "forwards/…, backwards/…",
         r"(.+/)?(forwards|backwards)(-per-image)?/.+",

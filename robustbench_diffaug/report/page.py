@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from robustbench_diffaug.report import figures, glossary, sections
+from robustbench_diffaug.report import detection_sections, glossary, sections
 from robustbench_diffaug.report.cells import Table, flat, plain, table_of
 
 __all__ = ["render"]
@@ -36,13 +36,6 @@ class Bench(NamedTuple):
 
     name: str
     settings: list[tuple[str, str]]
-
-
-class Legend(NamedTuple):
-    """The line of a checkpoint in every chart."""
-
-    checkpoint: str
-    svg: str
 
 
 def _mappings(manifest: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
@@ -74,14 +67,14 @@ def _notices(metrics: pd.DataFrame, manifest: Mapping[str, Any]) -> list[Notice]
     devices = manifest.get("device")
     if isinstance(devices, list | tuple) and len(devices) > 1:
         made.append(Notice("devices", f"measured on several devices: {plain(devices)}."))
-    notices = manifest.get("notices")
-    told = notices if isinstance(notices, list | tuple) else []
+    lists = (manifest.get("notices"), manifest.get("remarks"))
+    told = [notice for notices in lists if isinstance(notices, list | tuple) for notice in notices]
     return made + [Notice("note", plain(notice)) for notice in told]
 
 
 def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The scalars of the manifest: seed, versions, device, threads, seconds and whatever else a run wrote there."""
-    shown = {key for key, _ in PROVENANCE} | {"benches", "notices", "failures"}
+    shown = {key for key, _ in PROVENANCE} | {"benches", "notices", "remarks", "failures"}
     rest = {str(key): list(flat(value)) for key, value in manifest.items() if key not in shown}
     return [(key, " · ".join(f"{name} {text}".strip() for name, text in leaves)) for key, leaves in rest.items()]
 
@@ -137,15 +130,31 @@ def _summary(metrics: pd.DataFrame) -> str:
     return f"{how}: {len(metrics):,} measurements on {counted('bench', 'bench')} ({kinds})."
 
 
+def _detection_settings(manifest: Mapping[str, Any]) -> dict[str, detection_sections.Settings]:
+    """What the part on out-of-distribution detection needs to know of each bench, by its name."""
+    found = {}
+    for bench in _mappings(manifest, "benches"):
+        settings, chosen = bench.get("evaluator"), detection_sections.Settings()
+        known: Mapping[str, Any] = settings if isinstance(settings, Mapping) else {}
+        if isinstance(average := known.get("average"), list | tuple):
+            chosen = chosen._replace(averaged=[plain(score) for score in average])
+        if isinstance(gains := known.get("gains"), Mapping):
+            chosen = chosen._replace(bases={str(key): plain(base) for key, base in gains.items()})
+        found[plain(bench.get("name", ""))] = chosen
+    return found
+
+
 def _context(metrics: pd.DataFrame, manifest: Mapping[str, Any], costs: pd.DataFrame) -> dict[str, object]:
     """All that the template shows."""
     checkpoints = [str(checkpoint) for checkpoint in metrics["checkpoint"].unique()]
     styles = {checkpoint: style for style, checkpoint in enumerate(checkpoints)}
     used: set[Hashable] = set()
+    detection = detection_sections.detection(metrics, used, styles, _detection_settings(manifest))
+    rest = metrics.drop(index=list(used))
     board = sections.board(metrics, used)
-    shifts = sections.shifts(metrics, used)
-    curves = sections.curves(metrics, used, styles)
-    smoothing = sections.smoothing(metrics, used)
+    shifts = sections.shifts(rest, used)
+    curves = sections.curves(rest, used, styles)
+    smoothing = sections.smoothing(rest, used)
     return {
         "suite": _suite(metrics, manifest),
         "summary": _summary(metrics) if len(metrics) else "This run has no metrics yet.",
@@ -153,7 +162,8 @@ def _context(metrics: pd.DataFrame, manifest: Mapping[str, Any], costs: pd.DataF
         "board": board,
         "shifts": shifts,
         "curves": curves,
-        "legend": [Legend(name, figures.swatch(style, f"line-{style}")) for name, style in styles.items()],
+        "legend": sections.legend(styles, "line") if curves else [],
+        "detection": detection,
         "smoothing": smoothing,
         "others": sections.others(metrics, used),
         "benches": [

@@ -1,7 +1,7 @@
 """The parts of a page that show metrics: each a view of some rows, and a note of which rows it has shown."""
 
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from math import isfinite, isnan
 from typing import Any, NamedTuple
 
@@ -11,7 +11,10 @@ import pandas as pd
 from robustbench_diffaug.report import figures, tables
 from robustbench_diffaug.report.cells import Cell, Row, Table, shaded
 
-__all__ = ["Board", "Group", "Panel", "Place", "board", "curves", "others", "shifts", "smoothing"]
+__all__ = [
+    "Board", "Group", "Legend", "Panel", "Place", "board", "by_bench", "cells_by", "curves", "legend", "others",
+    "shifts", "smoothing", "unit_name",
+]  # fmt: skip
 
 # `de/accuracy/fog@s5`: the mode before it, the dataset, and the severity.
 SHIFT = r"(?:(?P<mode>[^@]+)/)?accuracy/(?P<shift>[^/@]+)(?:@s(?P<severity>\d+))?"
@@ -71,6 +74,13 @@ class Panel(NamedTuple):
     numbers: Table
 
 
+class Legend(NamedTuple):
+    """The line of a checkpoint in charts."""
+
+    checkpoint: str
+    svg: str
+
+
 class Group(NamedTuple):
     """Panels that share their horizontal axis."""
 
@@ -78,7 +88,7 @@ class Group(NamedTuple):
     panels: list[Panel]
 
 
-def _cells(rows: pd.DataFrame, *keys: str) -> dict[tuple[Hashable, ...], Cell]:
+def cells_by(rows: pd.DataFrame, *keys: str) -> dict[tuple[Hashable, ...], Cell]:
     """The cell of each row, by the values of the given columns."""
     records: list[dict[Hashable, Any]] = rows.to_dict("records")
     return {tuple(record[key] for key in keys): Cell.of({str(k): v for k, v in record.items()}) for record in records}
@@ -120,7 +130,7 @@ def board(metrics: pd.DataFrame, used: set[Hashable]) -> Board | None:
     headings, columns = [], []
     for name, rows in tables.headlines(metrics):
         used |= set(rows.index)
-        cells = {str(key[0]): cell for key, cell in _cells(rows, "checkpoint").items()}
+        cells = {str(key[0]): cell for key, cell in cells_by(rows, "checkpoint").items()}
         bar, first = _bars(list(cells.values())), next(iter(cells.values()))
         samples = {cell.samples for cell in cells.values()}
         headings.append(Heading(name, _unit(first), first.better, samples.pop() if len(samples) == 1 else ""))
@@ -143,7 +153,7 @@ def board(metrics: pd.DataFrame, used: set[Hashable]) -> Board | None:
 
 def _grid(found: pd.DataFrame, caption: str, column: str) -> Table:
     """A table with a row per checkpoint and mode, and a column per value of a column."""
-    cells = _cells(found, "checkpoint", "mode", column)
+    cells = cells_by(found, "checkpoint", "mode", column)
     rows = list(dict.fromkeys((c, m) for c in found["checkpoint"].unique() for m in found["mode"].unique()))
     held = {key[:2] for key in cells}
     columns = list(found[column].unique())
@@ -153,7 +163,7 @@ def _grid(found: pd.DataFrame, caption: str, column: str) -> Table:
     )  # fmt: skip
 
 
-def _benches(metrics: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+def by_bench(metrics: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """The rows of each bench, with what a caption puts in front where there are several."""
     benches = list(metrics["bench"].unique())
     return [(f"{bench}: " if len(benches) > 1 else "", metrics[metrics["bench"] == bench]) for bench in benches]
@@ -162,7 +172,7 @@ def _benches(metrics: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 def shifts(metrics: pd.DataFrame, used: set[Hashable]) -> list[Table]:
     """Heat tables of the accuracy under each corruption, one per severity, and one of everything else."""
     made = []
-    for front, rows in _benches(tables.matching(metrics, SHIFT)):
+    for front, rows in by_bench(tables.matching(metrics, SHIFT)):
         severe = rows[rows["severity"] != ""]
         severities = sorted(severe["severity"].unique(), key=int)
         means = rows[(rows["severity"] == "") & rows["shift"].isin(severe["shift"])]
@@ -178,7 +188,12 @@ def shifts(metrics: pd.DataFrame, used: set[Hashable]) -> list[Table]:
     return shaded(made)
 
 
-def _lines(rows: pd.DataFrame, styles: dict[str, int]) -> list[figures.Line]:
+def legend(styles: Mapping[str, int], prefix: str) -> list[Legend]:
+    """The line of each checkpoint, its ids beginning with `prefix`."""
+    return [Legend(name, figures.swatch(style, f"{prefix}-{style}")) for name, style in styles.items()]
+
+
+def _lines(rows: pd.DataFrame, styles: Mapping[str, int]) -> list[figures.Line]:
     """The curves of one panel."""
     sorted_rows = rows.assign(number=rows["at"].astype(float)).sort_values("number", kind="stable")
     value, low, high = (tables.wide(sorted_rows, ".*", "number", "checkpoint", of) for of in ("value", "low", "high"))
@@ -234,10 +249,10 @@ def smoothing(metrics: pd.DataFrame, used: set[Hashable]) -> list[Table]:
     """Tables of certificates: for each noise level the radius on average, abstentions, and certified accuracies."""
     made = []
     for caption, pattern in TABLES.items():
-        for front, rows in _benches(tables.matching(metrics, pattern)):
+        for front, rows in by_bench(tables.matching(metrics, pattern)):
             used |= set(rows.index)
             # Noise levels are groups. Rows of one level stand together: checkpoints are compared within it.
-            cells = _cells(rows, "group", "checkpoint", "metric")
+            cells = cells_by(rows, "group", "checkpoint", "metric")
             pairs = [(g, c) for g in rows["group"].unique() for c in metrics["checkpoint"].unique()]
             names = sorted(rows["metric"].unique(), key=_certificate_order)
             held = {key[:2] for key in cells}
@@ -256,8 +271,8 @@ def _certificate_order(name: str) -> tuple[int, float, str]:
 def others(metrics: pd.DataFrame, used: set[Hashable]) -> list[Table]:
     """What no other part has shown: a row per metric and group, a column per checkpoint."""
     made = []
-    for front, rows in _benches(metrics.drop(index=list(used))):
-        cells = _cells(rows, "metric", "group", "checkpoint")
+    for front, rows in by_bench(metrics.drop(index=list(used))):
+        cells = cells_by(rows, "metric", "group", "checkpoint")
         pairs = dict.fromkeys(key[:2] for key in cells)
         checkpoints = list(rows["checkpoint"].unique())
         grid = [(str(m), str(g), [cells.get((m, g, c)) for c in checkpoints]) for m, g in pairs]

@@ -35,6 +35,7 @@ __all__ = ["DRAWS", "FLOATS", "Again", "Chosen", "Part", "missed", "parts", "rec
 DRAWS = 0.01  # of a sample's votes that may fall on other classes on other hardware or versions
 FLOATS = 1e-3  # what a float of a record may differ by there
 CLASSES = 0.01  # of all recorded classes that may be others there
+LONG = 16  # numbers in a column's row, beyond which they are not written out
 VOTES = ("select", "estimate")  # columns of `Smoothing`
 FORGED = (0.01, 0.05, 0.2)  # shares of a cell's samples for which the probability of being missed is told
 
@@ -295,7 +296,7 @@ def _here(run: Recorded, old: Cell, device: str) -> bool:
 
 def _compare(run: Recorded, store: Store, new: Cell, old: Cell, same: bool, found: _Found) -> None:
     """Adds what differs between two sets of rows of the same samples."""
-    made, recorded = store.read((new,)).columns, run.archive.read((old,)).columns
+    made, recorded = (read((cell,), whole=True).columns for read, cell in ((store.read, new), (run.archive.read, old)))
     where = f"{old.bench} / {old.checkpoint.id} / {old.dataset.name}"
     votes = VOTES if isinstance(old.evaluator, Smoothing) else ()
     rows, again = _places(recorded), _places(made)
@@ -336,10 +337,12 @@ def _difference(name: str, before: np.ndarray, after: np.ndarray, same: bool, fo
         found.classes += before.size
         found.changed += int((before != after).sum())
         return f"is {before}, evaluated again {after}" if same and (before != after).any() else ""
-    if same:
-        return "" if np.array_equal(before, after, equal_nan=True) else f"is {before}, evaluated again {after}"
     gaps = np.where(np.isnan(before) & np.isnan(after), 0.0, np.abs(before.astype(np.float64) - after))
     gap = float(np.nan_to_num(gaps, nan=np.inf).max(initial=0.0))
+    if same and before.size > LONG and gap:
+        return f"differs in {np.count_nonzero(gaps)} of {gaps.size} numbers, by up to {gap:.3g}"
+    if same:
+        return "" if np.array_equal(before, after, equal_nan=True) else f"is {before}, evaluated again {after}"
     found.largest = max(found.largest, gap)
     return f"differs by {gap:.3g}" if gap > FLOATS else ""
 

@@ -117,11 +117,15 @@ class View:
         name: 'clean', 't=50', 'draws', ...
         images: `d` draws of each sample, in [0, 1]; a plain view has one.
         first: The number of the first draw, where a sequence of them is shown in several views of one name.
+        sigma: The noise level of each image, for networks that want it.
+        denoised: The denoised twin of each image, for networks that want it.
     """
 
     name: str
     images: Float[Tensor, "b d c h w"]
     first: int = 0
+    sigma: Float[Tensor, "b d"] | None = None
+    denoised: Float[Tensor, "b d c h w"] | None = None
 
 
 def fixed_shape(

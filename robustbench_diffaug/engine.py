@@ -167,7 +167,7 @@ def _evaluate(task: Task, batch: Batch, work: _Work) -> None:
     live, failures = work.live, work.failures
     seen: dict[int, dict[str, list[Columns]]] = {index: defaultdict(list) for index in live}
     for index, model in list(live.items()):
-        if int(batch.labels.max()) >= model.classes:
+        if model.denoise is None and int(batch.labels.max()) >= model.classes:
             found = int(batch.labels.max())
             failures[index] = f"{batch.dataset} has label {found}, and {model.id} knows {model.classes} classes"
             del live[index]

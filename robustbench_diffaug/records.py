@@ -8,13 +8,13 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Shaped
+from jaxtyping import Shaped, UInt8
 
 from robustbench_diffaug import reading, rng
 from robustbench_diffaug.batch import Batch, Columns
 from robustbench_diffaug.stats import Estimate
 
-__all__ = ["INDEX", "Declared", "Metric", "Piece", "Records", "from_table", "to_table"]
+__all__ = ["INDEX", "Declared", "Metric", "Picture", "Piece", "Records", "from_table", "to_table"]
 
 Better: TypeAlias = Literal["higher", "lower"]
 
@@ -76,6 +76,29 @@ class Declared:
     n_available: int
     classes: int = 0
     class_space: str = "subset"
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A grid of small pictures, or a drawing, made from records.
+
+    Arguments:
+        name: Of its file, without ending: letters, digits, hyphens and dots.
+        title: What it shows, in a line.
+        caption: How to read it.
+        tiles: Rows and columns of pictures of 8 bits, with 1 or 3 channels; None where there is a drawing.
+        down: What each row is; empty for none.
+        across: What each column is; empty for none.
+        svg: A drawing in place of tiles: an SVG document of ours, without scripts and references.
+    """
+
+    name: str
+    title: str
+    caption: str = ""
+    tiles: UInt8[np.ndarray, "r k h w c"] | None = None
+    down: tuple[str, ...] = ()
+    across: tuple[str, ...] = ()
+    svg: str = ""
 
 
 class Piece(NamedTuple):

@@ -199,6 +199,7 @@ def check(loaded: Loaded) -> tuple[str, ...]:
             warnings += [f"bench {bench.name}: {warning}" for warning in bench.evaluator.check()]
             chosen = bench.chosen(suite.checkpoints)
             bench.evaluator.fits(bench.parts(), [entry.id for entry in chosen])
+            _check_kinds(bench.evaluator, chosen)
             _check_classes(chosen)
             for denoiser in bench.evaluator.denoisers():
                 denoiser.check()
@@ -206,6 +207,17 @@ def check(loaded: Loaded) -> tuple[str, ...]:
             with _at(loaded.places["bench", f"{bench.name}/{index}"]):
                 _check_images(bench, dataset, bench.chosen(suite.checkpoints))
     return tuple(warnings)
+
+
+def _check_kinds(evaluator: Evaluator, checkpoints: Sequence[Checkpoint]) -> None:
+    """Classifiers go to evaluators of classifiers, denoisers to those of denoisers."""
+    for entry in checkpoints:
+        found = "classifier" if entry.analysed() is None else "denoiser"
+        if found != evaluator.needs:
+            raise ValueError(
+                f"evaluator {evaluator.kind} analyses a {evaluator.needs}, and checkpoint {entry.id} is a {found}; "
+                "list under checkpoints of the bench those that it is for"
+            )
 
 
 def _check_classes(checkpoints: Sequence[Checkpoint]) -> None:

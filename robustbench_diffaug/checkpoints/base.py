@@ -16,6 +16,7 @@ from robustbench_diffaug.batch import Limits
 from robustbench_diffaug.checkpoints.conditioning import Want
 from robustbench_diffaug.checkpoints.model import Model
 from robustbench_diffaug.component import Component, Later, Outside, Value, fingerprint
+from robustbench_diffaug.diffusion.base import Denoiser
 
 __all__ = ["Checkpoint", "Preprocess", "normalising"]
 
@@ -131,6 +132,10 @@ class Checkpoint(Component, ABC):
         """
         return
 
+    def analysed(self) -> Denoiser | None:
+        """The denoiser, where an entry is one and no classifier. Default: it is a classifier."""
+        return None
+
     @final
     def warnings(self) -> tuple[str, ...]:
         """Signs that images are normalised twice, or by numbers that are for images of 0 to 255.
@@ -204,6 +209,10 @@ def _loaded(
     device: str,
     compiled: bool,
 ) -> Model:
+    if (denoiser := checkpoint.analysed()) is not None:
+        denoise = denoiser.loaded(Limits(device=device, compile=compiled))
+        nothing = (nn.Identity(), checkpoint.preprocess, checkpoint.classes, checkpoint.microbatch)
+        return Model(checkpoint.id, *nothing, denoise=denoise)
     with rng.seeded(rng.key("load", identity)):  # a network may be built with random weights before it has its own
         network = checkpoint.load().eval().requires_grad_(False)
     dtype: torch.dtype = getattr(torch, checkpoint.precision)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from robustbench_diffaug.batch import fixed_shape
 from robustbench_diffaug.checkpoints.conditioning import Want, packed
 from robustbench_diffaug.checkpoints.features import Last, capture, last_layer
+from robustbench_diffaug.diffusion.base import Denoise
 
 __all__ = ["Model"]
 
@@ -28,6 +29,7 @@ class Model:
         dtype: Of the network's weights and input.
         wants: What it sees besides the image.
         head: The dotted name of its last layer; empty to find it.
+        denoise: The denoiser, where that is what is analysed; then there are no logits.
     """
 
     id: str
@@ -38,6 +40,7 @@ class Model:
     dtype: torch.dtype = torch.float32
     wants: tuple[Want, ...] = ()
     head: str = ""
+    denoise: Denoise | None = None
 
     def logits(
         self,
@@ -56,6 +59,8 @@ class Model:
             ValueError: If the network wants more than it is given, has another number of outputs, or one of them is
                 not finite.
         """
+        if self.denoise is not None:
+            raise ValueError(f"{self.id} is a denoiser, which has no logits")
         flat = images.reshape(-1, *images.shape[-3:])
         if self.wants:
             flat = self._packed(flat, sigma, denoised)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
@@ -12,7 +12,7 @@ from robustbench_diffaug.checkpoints.model import Model
 from robustbench_diffaug.component import Component
 from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.diffusion.base import Denoiser
-from robustbench_diffaug.records import Metric, Records
+from robustbench_diffaug.records import Metric, Picture, Records
 
 __all__ = ["Evaluator", "Forwards"]
 
@@ -34,11 +34,13 @@ class Forwards(NamedTuple):
 class Evaluator(Component, ABC):
     """What to show to checkpoints, what to keep of their answers, and the figures that follow.
 
-    A subclass has fields, no state, and may replace `views`, `record`, `constants`, `compare`, `notices`, `forwards`,
-    `denoisers`, `check` and `fits`.
+    A subclass has fields, no state, and may replace `views`, `record`, `constants`, `compare`, `notices`, `pictures`,
+    `forwards`, `denoisers`, `check` and `fits`.
     """
 
     family: ClassVar[str] = "robustbench_diffaug.evaluators"
+    needs: ClassVar[Literal["classifier", "denoiser"]] = "classifier"
+    """What it analyses: checkpoints that classify, or those of kind `denoiser`."""
     heavy: ClassVar[tuple[str, ...]] = ()
     """Columns that are too large to be held: `metrics` reads them by `Records.chunks`."""
 
@@ -77,6 +79,10 @@ class Evaluator(Component, ABC):
 
     def notices(self, records: Records) -> Iterable[str]:
         """What a reader must know of one checkpoint's figures. Default: nothing."""
+        return ()
+
+    def pictures(self, records: Records) -> Iterable[Picture]:
+        """What there is to see in one checkpoint's records. Default: nothing."""
         return ()
 
     def forwards(self) -> Forwards:

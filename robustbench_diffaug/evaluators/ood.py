@@ -31,7 +31,7 @@ class Odin(Value):
 
     Arguments:
         temperatures: Validation chooses among them; without validation the last counts.
-        noise: The size of the step, for normalised images.
+        noise: The size of the step, in pixels of [0, 1].
     """
 
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 10.0, 100.0, 1000.0), min_length=1)
@@ -134,6 +134,9 @@ class Ood(Evaluator):
                 raise ValueError(f"dataset {dataset.name} has group {dataset.group!r}; give one of {', '.join(ROLES)}")
         if "id" not in roles or not roles & {"near", "far"}:
             raise ValueError("needed are a dataset with group: id and one with group: near or far")
+        for dataset in datasets:
+            if dataset.name.removesuffix("-fs") in ("near", "far", "csid"):
+                raise ValueError(f"a dataset is called {dataset.name}, as a figure is; give it another name")
         for name in self.scores:
             for role in ("fit", "val"):
                 if name in SCORES and role in SCORES[name].needs and role not in roles:

@@ -101,8 +101,10 @@ def progress(quiet: bool, workers: int = 1) -> Iterator[Shown]:
 @contextmanager
 def figures(quiet: bool = False) -> Iterator[None]:
     """A line on standard error while figures are computed from records, where that takes long."""
+    console = Console(stderr=True, quiet=quiet)
     columns = (TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True, quiet=quiet), transient=True) as bar, _reading(bar):
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with bar, _reading(bar):
         yield
 
 

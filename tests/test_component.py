@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from robustbench_diffaug.component import Options, Outside, Value, digest_of, find, kinds, suggest, trusting
+from robustbench_diffaug.component import Later, Options, Outside, Value, digest_of, find, kinds, suggest, trusting
 from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.data.synthetic import Mixture
 from robustbench_diffaug.evaluators.base import Evaluator
@@ -69,11 +69,11 @@ def test_options_are_hashable_and_ordered() -> None:
 
 
 def test_versions_count() -> None:
-    class Later(Smoothing):
+    class Bumped(Smoothing):
         version = 2
         kind: Literal["smoothing"] = "smoothing"
 
-    assert Later().fingerprint != Smoothing().fingerprint
+    assert Bumped().fingerprint != Smoothing().fingerprint
 
 
 def test_fingerprints_are_fixed() -> None:
@@ -87,4 +87,12 @@ def test_suggestions_never_fail(word: str, known: list[str]) -> None:
 
 
 def test_kinds_are_listed_without_importing_them() -> None:
-    assert list(kinds(Evaluator)) == ["shift", "smoothing"]
+    assert list(kinds(Evaluator)) == sorted(kinds(Evaluator)) and {"ood", "shift", "smoothing"} <= set(kinds(Evaluator))
+
+
+def test_a_field_that_came_later_counts_once_it_is_used() -> None:
+    class Grown(Smoothing):
+        extra: Annotated[int, Later] = 0
+
+    assert "extra" not in Grown().identity() and Grown().fingerprint == Smoothing().fingerprint
+    assert Grown(extra=1).identity()["extra"] == 1 and Grown(extra=1).fingerprint != Grown().fingerprint

@@ -20,12 +20,15 @@ from robustbench_diffaug.component import kinds
 from robustbench_diffaug.data.base import Dataset, Images, in_memory
 from robustbench_diffaug.data.corrupted import Corrupted, Corruptions
 from robustbench_diffaug.data.embedded import Digits, Mnist5k
+from robustbench_diffaug.data.glyphs import Letters, Noise
+from robustbench_diffaug.data.photographs import Patches
 from robustbench_diffaug.data.sources import Arrays, Folder
 from robustbench_diffaug.data.synthetic import Mixture
 from robustbench_diffaug.diffusion.base import ConditionalDenoise, Denoise, Denoiser, Posterior, Schedule, Sigma
 from robustbench_diffaug.diffusion.gaussian import MixtureDenoiser
 from robustbench_diffaug.diffusion.unet import UNet, save
 from robustbench_diffaug.evaluators.base import Evaluator, Forwards
+from robustbench_diffaug.evaluators.ood import Odin, Ood
 from robustbench_diffaug.evaluators.shift import Shift
 from robustbench_diffaug.evaluators.smoothing import Smoothing
 from robustbench_diffaug.records import Metric, Records
@@ -52,12 +55,15 @@ def files(folder: Path) -> tuple[Folder, Arrays]:
 
 
 EVALUATORS: dict[str, list[Evaluator]] = {
+    "ood": [Ood(), Ood(odin=Odin(temperatures=(1, 1000))), Ood(features=False)],
     "shift": [Shift(), Shift(modes=("default", "de"), denoiser=MixtureDenoiser(), times=(0, 100, 300))],
     "smoothing": [
         Smoothing(sigmas=(0.25, 0.5), denoiser=MixtureDenoiser(), n0=5, n=23),
         Smoothing(sigmas=(0.1,), n0=4, n=16),
     ],
 }
+ROLES: dict[str, Dataset] = {"ood": Mixture(name="check", group="id", size=7)}
+"""Of an evaluator that goes by the groups of datasets."""
 UNET = UNet(folder="rdiff:zoo/mnist5k-ddpm", microbatch=4)
 DENOISERS: dict[str, list[tuple[Denoiser, tuple[int, int, int]]]] = {
     "adm": [],  # needs a file of weights: tests/diffusion/test_adm.py runs check_denoiser
@@ -65,6 +71,7 @@ DENOISERS: dict[str, list[tuple[Denoiser, tuple[int, int, int]]]] = {
     "unet": [(UNET, (1, 32, 32)), (UNET.model_copy(update={"precision": "bfloat16"}), (1, 32, 32))],
 }
 CHECKPOINTS: dict[str, list[tuple[Checkpoint, tuple[int, int, int]]]] = {
+    "denoiser": [],  # has no logits
     "local": [(Local(id="l", arch=f"{__name__}:linear", classes=4), (1, 8, 8))],
     "mixture": [(Bayes(id="b", classes=4), (1, 8, 8))],
     "timm": [(entry, (1, 32, 32)) for entry in BUNDLED.values()],
@@ -81,7 +88,10 @@ DATASETS: dict[str, Callable[[Path], list[Dataset]]] = {
     ],
     "digits": lambda _: [Digits(every=300)],
     "folder": lambda folder: [files(folder)[0]],
+    "letters": lambda _: [Letters(limit=9)],
     "mixture": lambda _: [Mixture()],
+    "noise": lambda _: [Noise(form="blobs", limit=5), Noise(form="gaussian", limit=5)],
+    "patches": lambda _: [Patches(source="textures", limit=5)],
     "mnist5k": lambda _: [Mnist5k(), Mnist5k(split="train", limit=5)],
 }
 
@@ -97,7 +107,7 @@ def test_every_installed_kind_has_a_case(family: Any, cases: Mapping[str, object
 
 @pytest.mark.parametrize("evaluator", [value for values in EVALUATORS.values() for value in values], ids=repr)
 def test_evaluators(evaluator: Evaluator) -> None:
-    testing.check_evaluator(evaluator)
+    testing.check_evaluator(evaluator, ROLES.get(evaluator.kind))
 
 
 @pytest.mark.parametrize(("denoiser", "shape"), [case for cases in DENOISERS.values() for case in cases])

@@ -2,17 +2,19 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from math import isfinite, isnan
 from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from robustbench_diffaug.batch import Batch, Columns, Limits
 from robustbench_diffaug.checkpoints.base import Checkpoint
 from robustbench_diffaug.checkpoints.bayes import Bayes
+from robustbench_diffaug.checkpoints.model import Model
 from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.data.synthetic import Mixture
 from robustbench_diffaug.diffusion.base import Denoise, Denoiser, Posterior, Sigma
@@ -56,7 +58,7 @@ def check_evaluator(evaluator: Evaluator, dataset: Dataset | None = None) -> Non
     for name, other in changed(evaluator, outside=True):
         found = _evaluate(other, source, networks, [range(count)])
         _same(whole, found, f"{evaluator.kind} depends on {name}, which is marked Outside")
-    _check_forwards(evaluator, source)
+    _check_forwards(evaluator, source, networks[0])
     _check_metrics(evaluator, source, networks[0])
 
 
@@ -122,18 +124,45 @@ def _same(expected: Mapping[str, Rows], found: Mapping[str, Rows], message: str)
                 )
 
 
-def _check_forwards(evaluator: Evaluator, dataset: Dataset) -> None:
-    fields = {name: getattr(evaluator, name) for name in type(evaluator).model_fields}
-    counting = {name: _Counting(base=found) for name, found in fields.items() if isinstance(found, Denoiser)}
+@dataclass(frozen=True)
+class _Counted(Model):
+    """A model that notes how many images it is given."""
+
+    seen: list[int] = field(default_factory=list)
+
+    def logits(
+        self,
+        images: Float[Tensor, "*n c h w"],
+        sigma: Float[Tensor, "*n"] | None = None,
+        denoised: Float[Tensor, "*n c h w"] | None = None,
+    ) -> Float[Tensor, "*n k"]:
+        self.seen.append(images.shape[:-3].numel())
+        return super().logits(images, sigma, denoised)
+
+    def features(self, images: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n d"]]:
+        self.seen.append(len(images))
+        return super().features(images)
+
+
+def _counted(network: Checkpoint) -> _Counted:
+    loaded = network.loaded(Limits())
+    return _Counted(**{entry.name: getattr(loaded, entry.name) for entry in fields(loaded)})
+
+
+def _check_forwards(evaluator: Evaluator, dataset: Dataset, network: Checkpoint) -> None:
+    named = {name: getattr(evaluator, name) for name in type(evaluator).model_fields}
+    counting = {name: _Counting(base=found) for name, found in named.items() if isinstance(found, Denoiser)}
     watched = evaluator.model_copy(update=counting)
     loaded = [denoiser.loaded(Limits()) for denoiser in counting.values()]
     counters = {id(found): found for found in loaded if isinstance(found, _Counter)}.values()
     before = sum(counter.images for counter in counters)
+    batch, model = _batch(dataset, range(1), Limits()), _counted(network)
     with torch.no_grad():
-        shown = sum(view.images.shape[1] for view in watched.views(_batch(dataset, range(1), Limits())))
+        for view in watched.views(batch):
+            watched.observe(model, view, batch)
     made, stated = sum(counter.images for counter in counters) - before, evaluator.forwards()
-    assert shown <= stated.classifier, (  # an evaluator may look again, at images of its own making
-        f"{evaluator.kind} shows {shown} images a sample, and forwards() says {stated.classifier}"
+    assert sum(model.seen) == stated.classifier, (
+        f"{evaluator.kind} shows a network {sum(model.seen)} images a sample, and forwards() says {stated.classifier}"
     )
     assert made == stated.denoiser, (
         f"{evaluator.kind} denoises {made} images a sample, and forwards() says {stated.denoiser}"

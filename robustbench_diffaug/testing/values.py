@@ -10,7 +10,7 @@ from typing import TypeVar, get_args, get_origin
 from pydantic import ValidationError
 
 from robustbench_diffaug import rng
-from robustbench_diffaug.component import Component, Outside, Value, trusting
+from robustbench_diffaug.component import Component, Later, Outside, Value, trusting
 from robustbench_diffaug.document import dump, parse
 from robustbench_diffaug.files import path_of
 
@@ -41,7 +41,8 @@ def check_value(component: Component) -> None:
     assert component.kind == fields["kind"].default, f"{component.kind} has no fixed kind"
     identity = component.identity()
     for name, field in fields.items():
-        inside = Outside not in field.metadata
+        late = Later in field.metadata and getattr(component, name) == field.default
+        inside = Outside not in field.metadata and not late
         assert (name in identity) == inside, f"field {name} of {component.kind} is not where its marker says"
     for outside in (True, False):
         for name, other in changed(component, outside):

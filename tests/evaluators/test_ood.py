@@ -18,13 +18,12 @@ from robustbench_diffaug.data.synthetic import Mixture
 from robustbench_diffaug.detection.curves import figures
 from robustbench_diffaug.engine import cells
 from robustbench_diffaug.evaluators import ood_metrics
-from robustbench_diffaug.evaluators.ood import Odin, Ood
+from robustbench_diffaug.evaluators.ood import Ood
 from robustbench_diffaug.evaluators.ood_scored import Protocol, scored
 from robustbench_diffaug.executors import local
 from robustbench_diffaug.records import Declared, Metric, Piece, Records
 from robustbench_diffaug.store import Store
 from robustbench_diffaug.suite import load
-from robustbench_diffaug.testing import check_evaluator
 
 SETS = {"fit": "fit", "val": "val", "ood-val": "ood-val", "id": "id", "a": "near", "b": "near", "c": "far", "s": "csid"}
 PLAIN = ("msp", "energy", "react", "ash", "scale", "mds")
@@ -87,12 +86,6 @@ def table(found: Sequence[Metric]) -> dict[str, Metric]:
     names = [figure.name for figure in found]
     assert len(set(names)) == len(names)
     return dict(zip(names, found, strict=True))
-
-
-def test_it_conforms() -> None:
-    check_evaluator(Ood(), Mixture(name="check", group="id", size=7))
-    check_evaluator(Ood(odin=Odin(temperatures=(1, 1000))), Mixture(name="check", group="id", size=5))
-    check_evaluator(Ood(features=False), Mixture(name="check", group="id", size=5))
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 10_000])

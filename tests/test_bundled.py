@@ -62,7 +62,9 @@ def test_cards_are_true(path: Path) -> None:
 
 
 def test_each_recipe_s_result_is_shipped() -> None:
-    assert {path.name.removesuffix(".card.yaml") for path in CARDS} == set(built_in("recipes"))
+    assert {path.name.removesuffix(".card.yaml") for path in CARDS} == {
+        name for name in built_in("recipes") if "/" not in name
+    }
 
 
 def test_twins_are_equally_good_on_clean_images() -> None:

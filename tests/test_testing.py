@@ -92,7 +92,7 @@ DATASETS: dict[str, Callable[[Path], list[Dataset]]] = {
     "mixture": lambda _: [Mixture()],
     "noise": lambda _: [Noise(form="blobs", limit=5), Noise(form="gaussian", limit=5)],
     "patches": lambda _: [Patches(source="textures", limit=5)],
-    "mnist5k": lambda _: [Mnist5k(), Mnist5k(split="train", limit=5)],
+    "mnist5k": lambda _: [Mnist5k(), Mnist5k(split="train", limit=5), Mnist5k(digits=(6, 9), unlabelled=True, offset=3)],
 }
 
 

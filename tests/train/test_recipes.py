@@ -22,7 +22,7 @@ from robustbench_diffaug.train.optimiser import build_optimiser
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 IMAGENET = sorted((RECIPES / "imagenet").glob("*.yaml"))
-NETWORKS = [name for name in sorted(built_in("recipes")) if name != "mnist5k-synthetic"]
+NETWORKS = [name for name in sorted(built_in("recipes")) if name != "mnist5k-synthetic" and "/" not in name]
 
 
 @pytest.mark.parametrize("name", NETWORKS)

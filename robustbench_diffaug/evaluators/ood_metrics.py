@@ -1,7 +1,7 @@
 """Figures of out-of-distribution detection, from records: the protocol's means, gains, curves, and remarks."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -46,11 +46,15 @@ class Sheet:
         records: Of the checkpoint, or of the images that it shares with another.
         scores: By name, one of each row.
         resamples: Of the bootstrap.
+        parts: The records of each set, once they were asked for.
+        resampled: The figures of each dataset by score, ID roles and name, likewise.
     """
 
     records: Records
     scores: Mapping[str, NDArray[np.float64]]
     resamples: int
+    parts: dict[str, Records] = field(default_factory=dict)
+    resampled: dict[tuple[str, tuple[str, ...], str], dict[str, Replicates]] = field(default_factory=dict)
 
     def sets(self, parts: bool = True) -> list[Set]:
         """The sets there are images of: near and far, these with the full spectrum, and each dataset."""
@@ -100,12 +104,17 @@ class Sheet:
 
     def rates(self, score: str, chosen: Set) -> dict[str, Replicates]:
         """The other figures, with resamples that every score and checkpoint shares."""
-        key, clusters = self.records.key("ood"), self.clusters(chosen.inside)
-        each = [
-            replicates(*self.pair(score, chosen.inside, name), name, key, clusters, resamples=self.resamples)
-            for name in chosen.outside
-        ]
+        each = [self._resampled(score, chosen.inside, name) for name in chosen.outside]
         return {name: average([part[name] for part in each]) for name in each[0] if name != "auroc"}
+
+    def _resampled(self, score: str, inside: tuple[str, ...], name: str) -> dict[str, Replicates]:
+        """The figures of one dataset, which counts alone and in its mean."""
+        place = (score, inside, name)
+        if place not in self.resampled:
+            key, clusters = self.records.key("ood"), self.clusters(inside)
+            pair = self.pair(score, inside, name)
+            self.resampled[place] = replicates(*pair, name, key, clusters, resamples=self.resamples)
+        return self.resampled[place]
 
     def role(self, role: str) -> Records:
         """The records of a role."""
@@ -113,7 +122,10 @@ class Sheet:
 
     def of(self, chosen: Set) -> Records:
         """The records that a figure rests on."""
-        return self.records.of(lambda d: d.group in chosen.inside or d.name in chosen.outside)
+        if chosen.name not in self.parts:
+            found = self.records.of(lambda d: d.group in chosen.inside or d.name in chosen.outside)
+            self.parts[chosen.name] = found
+        return self.parts[chosen.name]
 
 
 def metrics(records: Records, protocol: Protocol, averaged: Sequence[str], resamples: int) -> Iterator[Metric]:

@@ -53,7 +53,7 @@ def near(bench: Bench, published: pd.DataFrame) -> str:
 def of_bench(bench: Bench, settings: dict[str, object], published: pd.DataFrame) -> list[str]:
     """The tables of a bench."""
     named = settings.get("gains")
-    bases = named if isinstance(named, dict) else {}
+    bases: dict[str, str] = dict(named) if isinstance(named, list) else {}
     parts = ["### Near AUROC\n", near(bench, published)]
     for role in ("near", "far"):
         for rate, text in RATES.items():

@@ -164,5 +164,5 @@ def _pass(task: Task, rows: int, meter: Meter, folder: Path) -> _Profile:
     run(short)  # what fails here will fail there, and takes no time
     rest = max(0.0, meter.now() - begun - meter.apart)
     expected = rows * max(1, task.evaluator.forwards().classifier)
-    share = min(1.0, meter.shown / expected) if meter.shown and meter.late() else 1.0
+    share = min(1.0, meter.shown / expected) if meter.shown and meter.cut else 1.0
     return _Profile(rows, task.limits.batch, share, rest, dict(meter.calls), dict(meter.seconds))

@@ -1,12 +1,9 @@
 """A run folder from start to end: check, plan, evaluate, and write what the records say."""
 
-import fcntl
-import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,8 +20,10 @@ from robustbench_diffaug.document import dump
 from robustbench_diffaug.engine import Outcome, Task, hardware, plan
 from robustbench_diffaug.executors import local, processes, threads
 from robustbench_diffaug.files import apart, atomic, sha256
+from robustbench_diffaug.folder import PICTURES, alone, digests, put
 from robustbench_diffaug.recorded import LOCK, Recorded, keys_of, listed, open_run
-from robustbench_diffaug.report import page, tables
+from robustbench_diffaug.report import page, pictures, tables
+from robustbench_diffaug.shown import Shown
 from robustbench_diffaug.store import Store
 from robustbench_diffaug.suite import Loaded, Suite, check
 
@@ -32,10 +31,9 @@ __all__ = ["FORMATS", "Finished", "Options", "Results", "digests", "execute", "l
 __all__ += ["put", "recorded_failures", "rendered", "tasks_of"]
 
 FORMATS = {"html": ("index.html",), "csv": ("metrics.csv", "metrics.parquet", "leaderboard.csv", "costs.csv")}
-"""The files of each format of a report."""
+"""The files of each format of a report; to the page belongs the folder of pictures."""
 DRAWING = ("jinja2", "matplotlib", "pandas", "pyarrow")  # packages on which the bytes of reports depend
-UNCOMPUTED = "its metrics cannot be computed"  # how the reasons of failures begin that are not of a run but of metrics
-STALE = 3600  # seconds after which a half-written file is a killed run's: writing one takes less than a second
+UNCOMPUTED = (summary.NO_METRICS, summary.NO_PICTURES)  # how reasons begin that are not of a run but of its records
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,7 @@ def write(
 
     Metrics that cannot be computed are failures beside those that are given, and stand in the manifest with them.
     """
-    with _alone(store.root):
+    with alone(store.root):
         made = results(suite, store, manifest, failures)
         digest = put(store.root, {LOCK: lock(suite), **made.files})
     return Finished(store.root, digest, made.metrics, made.leaderboard, made.failures, computed)
@@ -218,25 +216,30 @@ def results(
     failures: Sequence[Mapping[str, str]],
     drawn: bool = True,
 ) -> Results:
-    """Metrics, leaderboard, costs, manifest and page, from records alone; the same bytes for the same records.
+    """All files of a report, from records alone; the same bytes for the same records.
 
     Arguments:
         suite: Whose records they are.
         store: The records.
         manifest: Of the run.
         failures: Those of the run itself: bench, checkpoint, dataset, reason.
-        drawn: Whether the page is made, which takes the longest.
+        drawn: Whether the page and the pictures are made, which takes the longest.
     """
-    (metrics, failed, remarks), costs = summary.metrics(suite, store), summary.costs(suite, store)
-    board, told = tables.leaderboard(metrics), [dict(failure) for failure in (*failures, *failed)]
-    said = {"remarks": remarks} if remarks else {}
+    found, costs = summary.metrics(suite, store, drawn), summary.costs(suite, store)
+    board, told = tables.leaderboard(found.metrics), [dict(failure) for failure in (*failures, *found.failures)]
+    said = {"remarks": found.remarks} if found.remarks else {}
     rest = {key: value for key, value in manifest.items() if key != "remarks"}
-    files = rendered(metrics, board, costs, {**rest, "failures": told, **said}, drawn)
-    return Results(metrics, board, told, files)
+    files = rendered(found.metrics, board, costs, {**rest, "failures": told, **said}, drawn, found.pictures)
+    return Results(found.metrics, board, told, files)
 
 
 def rendered(
-    metrics: pd.DataFrame, board: pd.DataFrame, costs: pd.DataFrame, manifest: Mapping[str, Any], drawn: bool = True
+    metrics: pd.DataFrame,
+    board: pd.DataFrame,
+    costs: pd.DataFrame,
+    manifest: Mapping[str, Any],
+    drawn: bool = True,
+    shown: Sequence[Shown] = (),
 ) -> dict[str, bytes]:
     """The bytes of each file of a report.
 
@@ -245,9 +248,10 @@ def rendered(
         board: A row for each checkpoint.
         costs: Of each cell.
         manifest: What is said of them.
-        drawn: Whether the page is made.
+        drawn: Whether the page and the pictures are made.
+        shown: The pictures.
     """
-    shown = {key: value for key, value in manifest.items() if key != "keys"}  # these would tell nobody anything
+    facts = {key: value for key, value in manifest.items() if key != "keys"}  # these would tell nobody anything
     files = {
         "metrics.csv": tables.to_csv(metrics),
         "metrics.parquet": tables.to_parquet(metrics),
@@ -256,7 +260,8 @@ def rendered(
         "manifest.json": json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n",
     }
     if drawn:
-        files["index.html"] = page.render(metrics, shown, costs).encode()
+        files["index.html"] = page.render(metrics, facts, costs, shown).encode()
+        files |= {entry.path: pictures.file(entry.picture) for entry in shown}
     return files
 
 
@@ -286,7 +291,7 @@ def report(
         raise ValueError("a report with --set or --format is not the run's own; say where it goes with --output")
     failures = recorded_failures(found.manifest)
     if output is None:
-        with _alone(root):
+        with alone(root):
             made = results(found.bare, found.archive, found.manifest, failures)
             digest = put(root, made.files)
         return Finished(root, digest, made.metrics, made.leaderboard, made.failures)
@@ -295,7 +300,8 @@ def report(
     kept = {"manifest.json", *(name for form in formats for name in FORMATS[form])}
     for name in {name for names in FORMATS.values() for name in names} - kept:
         (output / name).unlink(missing_ok=True)  # of an earlier report with other formats
-    digest = put(output, {name: content for name, content in made.files.items() if name in kept})
+    files = {name: content for name, content in made.files.items() if name in kept or name.startswith(f"{PICTURES}/")}
+    digest = put(output, files)
     return Finished(output, digest, made.metrics, made.leaderboard, made.failures)
 
 
@@ -327,7 +333,7 @@ def _free(root: Path, output: Path) -> None:
     if not output.exists():
         return
     names = {path.name for path in output.iterdir() if _foreign(path)} if output.is_dir() else {""}
-    known = {"manifest.json", "digests.txt", *(name for files in FORMATS.values() for name in files)}
+    known = {"manifest.json", "digests.txt", PICTURES, *(name for files in FORMATS.values() for name in files)}
     if names and not (names <= known and _is_report(output / "manifest.json")):
         raise ValueError(f"{output} is not empty and holds no report of rdiff report; give another --output")
 
@@ -337,53 +343,6 @@ def _is_report(path: Path) -> bool:
         return "report" in json.loads(path.read_bytes())
     except (ValueError, OSError, TypeError):
         return False
-
-
-def put(root: Path, files: Mapping[str, bytes]) -> str:
-    """Writes files, each whole or not at all, and the digests of all that the folder then holds; gives their digest."""
-    for name, content in files.items():
-        with atomic(root / name) as file:
-            file.write(content)
-    digest = _write_digests(root)
-    _sweep(root)
-    return digest
-
-
-@contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Within it no other run writes the report of this folder; two runs may compute records side by side."""
-    with (root / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _sweep(root: Path) -> None:
-    """Removes what killed runs left half written, and nothing that a run which is still going is writing."""
-    now = (root / "digests.txt").stat().st_mtime  # the file system's clock, which may differ from ours
-    for path in root.rglob(".*.part"):
-        with suppress(FileNotFoundError):
-            if now - path.stat().st_mtime > STALE:
-                path.unlink()
-
-
-def _files(root: Path) -> list[Path]:
-    """All files of a run folder but digests.txt and hidden ones, in the order of their names."""
-    found = []
-    for folder, _, names in os.walk(root):
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path != root / "digests.txt")
-
-
-def digests(root: Path) -> bytes:
-    """What digests.txt should say: SHA-256 and name of every other file, by name; hidden ones are none of the run's."""
-    return "".join(f"{sha256(path)}  {path.relative_to(root).as_posix()}\n" for path in _files(root)).encode()
-
-
-def _write_digests(root: Path) -> str:
-    text = digests(root)
-    with atomic(root / "digests.txt") as file:
-        file.write(text)
-    return hashlib.sha256(text).hexdigest()
 
 
 def _unchanged(root: Path, text: bytes) -> Finished | None:

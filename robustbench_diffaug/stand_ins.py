@@ -72,6 +72,7 @@ class Meter:
         view: Images of the view that is shown now.
         calls: How often a network was given images, by their number and that of its shape.
         until: When this pass is to end.
+        cut: Whether it ended before it had shown all views.
     """
 
     clock: Callable[[], float]
@@ -85,10 +86,11 @@ class Meter:
     view: int = 0
     calls: dict[tuple[Call, int, int], float] = field(default_factory=lambda: defaultdict(float))
     until: float = 0.0
+    cut: bool = False
 
     def begin(self) -> None:
         """Starts a pass."""
-        self.apart, self.shown, self.until = 0.0, 0, self.clock() + PATIENCE
+        self.apart, self.shown, self.until, self.cut = 0.0, 0, self.clock() + PATIENCE, False
         self.calls = defaultdict(float)
 
     def late(self) -> bool:
@@ -151,18 +153,22 @@ class _Evaluator(Evaluator):
     meter: Annotated[Any, Outside]
 
     def views(self, batch: Batch) -> Iterator[View]:
-        for view in self.real.views(batch):
+        views = iter(self.real.views(batch))
+        for view in views:
             self.meter.view = view.images.shape[0] * view.images.shape[1]
             self.meter.shown += self.meter.view
             yield view
             if self.meter.late():
+                begun = self.meter.now()
+                self.meter.cut = next(views, None) is not None
+                self.meter.apart += self.meter.now() - begun  # only to know whether there are more
                 return
 
     def observe(self, model: Model, view: View, batch: Batch) -> Columns:
         return self.real.observe(model, view, batch)
 
     def record(self, seen: Mapping[str, Sequence[Columns]], batch: Batch) -> Columns:
-        return {} if self.meter.late() else self.real.record(seen, batch)
+        return {} if self.meter.cut else self.real.record(seen, batch)
 
     def metrics(self, records: Records) -> tuple[Metric, ...]:
         return ()
@@ -230,7 +236,8 @@ class _Denoiser(Denoiser):
         images = noisy.detach().reshape(-1, *shape)[:1].expand(self.microbatch, *shape).contiguous()
         found: Posterior = self.meter.answer(call, lambda: _passed(images, lambda given: true(given, level), call[2]))
         self.meter.calls[call, noisy[..., 0, 0, 0].numel(), self.microbatch] += 1
-        return Posterior(noisy.clamp(0, 1), None if found.spread is None else torch.zeros_like(noisy))
+        mean = noisy.clamp(0, 1) if self.clip else 1 * noisy
+        return Posterior(mean, None if found.spread is None else torch.zeros_like(noisy))
 
 
 def _passed(images: Tensor, network: Callable[[Tensor], Any], backward: bool) -> Any:
@@ -254,6 +261,11 @@ class _Checkpoint(Checkpoint):
     kind: Literal["probe"] = "probe"
     real: Checkpoint
     meter: Annotated[Any, Outside]
+
+    def analysed(self) -> Denoiser | None:
+        real = self.real.analysed()
+        found: Denoiser | None = _metered(real, self.meter) if real is not None else None
+        return found
 
     def load(self) -> nn.Module:
         model = self.meter.load(lambda: self.real.loaded(Limits(device=self.meter.device)))
@@ -299,7 +311,9 @@ def of_dataset(dataset: Dataset, size: int, meter: Meter) -> Dataset:
 
 
 def _metered(value: Any, meter: Meter) -> Any:
-    """A value with stand-ins for the denoisers in it."""
+    """A value with stand-ins for the denoisers and checkpoints in it."""
+    if isinstance(value, Checkpoint):
+        return of_checkpoint(value, meter)
     if isinstance(value, Denoiser):
         fields = {name: getattr(value, name) for name in ("precision", "clip", "microbatch")}
         return _Denoiser(real=value, meter=meter, **fields)

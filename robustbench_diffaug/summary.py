@@ -16,10 +16,11 @@ from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.engine import cells, reason
 from robustbench_diffaug.files import Weights, path_of
 from robustbench_diffaug.records import Metric, Records
+from robustbench_diffaug.shown import Shown, shown
 from robustbench_diffaug.store import Cell, Store
 from robustbench_diffaug.suite import Bench, Suite
 
-__all__ = ["COLUMNS", "Told", "costs", "manifest", "metrics"]
+__all__ = ["COLUMNS", "NO_METRICS", "NO_PICTURES", "Told", "costs", "manifest", "metrics"]
 
 Figures: TypeAlias = Mapping[str, Sequence[Metric]]
 """Metrics by the id of the checkpoint."""
@@ -27,6 +28,7 @@ Figures: TypeAlias = Mapping[str, Sequence[Metric]]
 COLUMNS = (
     "suite bench evaluator checkpoint group metric value low high n n_available better unit complete headline".split()
 )
+NO_METRICS, NO_PICTURES = "its metrics cannot be computed", "its pictures cannot be drawn"
 LISTED = 10  # images that a notice names
 PACKAGES = ("robustbench-diffaug", "torch", "timm", "diffusers", "numpy", "scipy", "statsmodels", "pillow")
 
@@ -36,24 +38,31 @@ class Told(NamedTuple):
 
     Arguments:
         metrics: All figures in long form, with the columns `COLUMNS`.
-        failures: Of each checkpoint of a bench whose records are there and whose metrics failed: bench, checkpoint,
-            dataset 'all', and the reason.
+        failures: Of each checkpoint of a bench whose records are there and whose metrics or pictures failed: bench,
+            checkpoint, dataset 'all', and the reason.
         remarks: What evaluators say that a reader must know.
+        pictures: What there is to see.
     """
 
     metrics: pd.DataFrame
     failures: list[dict[str, str]]
     remarks: list[str]
+    pictures: list[Shown]
 
 
-def metrics(suite: Suite, store: Store) -> Told:
-    """All figures of a run, what an evaluator could make no figures of, and what it remarks.
+def metrics(suite: Suite, store: Store, pictures: bool = True) -> Told:
+    """All figures and pictures of a run, what an evaluator could make none of, and what it remarks.
+
+    Arguments:
+        suite: What was run.
+        store: Its records.
+        pictures: Whether those are made.
 
     Raises:
         ValueError: If records are damaged.
     """
     rows: list[dict[str, Any]] = []
-    failures, remarks = [], []
+    failures, remarks, drawn = [], list[str](), list[Shown]()
     for bench in suite.benches:
         columns = {entry.id: column for entry, column in _by_checkpoint(suite, bench)}
         read = _reader(bench, store, columns)
@@ -69,7 +78,11 @@ def metrics(suite: Suite, store: Store) -> Told:
                 remarks += [f"{bench.name}, {id}: {remark}" for remark in bench.evaluator.notices(records)]
             except Exception as error:  # whatever the evaluator raises costs no other checkpoint its figures
                 failures.append(_failure(bench, id, reason(error)))
-    return Told(pd.DataFrame(rows, columns=pd.Index(COLUMNS)), failures, remarks)
+            try:
+                drawn += list(shown(bench.name, id, bench.evaluator.pictures(records) if pictures else ()))
+            except Exception as error:  # nor any metrics
+                failures.append(_failure(bench, id, reason(error), NO_PICTURES))
+    return Told(pd.DataFrame(rows, columns=pd.Index(COLUMNS)), failures, remarks, drawn)
 
 
 def _reader(bench: Bench, store: Store, columns: Mapping[str, tuple[Cell, ...]]) -> Callable[[str], Records]:
@@ -86,12 +99,12 @@ def _reader(bench: Bench, store: Store, columns: Mapping[str, tuple[Cell, ...]])
     return read
 
 
-def _failure(bench: Bench, checkpoint: str, why: str) -> dict[str, str]:
+def _failure(bench: Bench, checkpoint: str, why: str, what: str = NO_METRICS) -> dict[str, str]:
     return {
         "bench": bench.name,
         "checkpoint": checkpoint,
         "dataset": "all",
-        "reason": f"its metrics cannot be computed: {why}",
+        "reason": f"{what}: {why}",
     }
 
 

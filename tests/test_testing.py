@@ -21,6 +21,7 @@ from robustbench_diffaug.data.base import Dataset, Images, in_memory
 from robustbench_diffaug.data.corrupted import Corrupted, Corruptions
 from robustbench_diffaug.data.embedded import Digits, Mnist5k
 from robustbench_diffaug.data.glyphs import Letters, Noise
+from robustbench_diffaug.data.labels import Labels
 from robustbench_diffaug.data.photographs import Patches
 from robustbench_diffaug.data.sources import Arrays, Folder
 from robustbench_diffaug.data.synthetic import Mixture
@@ -55,6 +56,8 @@ def files(folder: Path) -> tuple[Folder, Arrays]:
 
 
 EVALUATORS: dict[str, list[Evaluator]] = {
+    # Each has conditions of its own: tests/evaluators/test_*.py of these names run check_evaluator.
+    **{name: [] for name in ("gallery", "generation", "gradients", "jacobian", "noise")},
     "ood": [Ood(), Ood(odin=Odin(temperatures=(1, 1000))), Ood(features=False)],
     "shift": [Shift(), Shift(modes=("default", "de"), denoiser=MixtureDenoiser(), times=(0, 100, 300))],
     "smoothing": [
@@ -88,11 +91,16 @@ DATASETS: dict[str, Callable[[Path], list[Dataset]]] = {
     ],
     "digits": lambda _: [Digits(every=300)],
     "folder": lambda folder: [files(folder)[0]],
+    "labels": lambda _: [Labels(classes=3, each=2, size=8)],
     "letters": lambda _: [Letters(limit=9)],
     "mixture": lambda _: [Mixture()],
     "noise": lambda _: [Noise(form="blobs", limit=5), Noise(form="gaussian", limit=5)],
     "patches": lambda _: [Patches(source="textures", limit=5)],
-    "mnist5k": lambda _: [Mnist5k(), Mnist5k(split="train", limit=5), Mnist5k(digits=(6, 9), unlabelled=True, offset=3)],
+    "mnist5k": lambda _: [
+        Mnist5k(),
+        Mnist5k(split="train", limit=5),
+        Mnist5k(digits=(6, 9), unlabelled=True, offset=3),
+    ],
 }
 
 

@@ -211,7 +211,7 @@ def _loaded(
 ) -> Model:
     if (denoiser := checkpoint.analysed()) is not None:
         denoise = denoiser.loaded(Limits(device=device, compile=compiled))
-        nothing = (nn.Identity(), checkpoint.preprocess, checkpoint.classes, checkpoint.microbatch)
+        nothing = (nn.Identity(), checkpoint.preprocess, checkpoint.classes, denoiser.microbatch)
         return Model(checkpoint.id, *nothing, denoise=denoise)
     with rng.seeded(rng.key("load", identity)):  # a network may be built with random weights before it has its own
         network = checkpoint.load().eval().requires_grad_(False)

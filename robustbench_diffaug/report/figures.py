@@ -134,6 +134,13 @@ def _draw(axes: "Axes", line: Line, axis: "Axis") -> None:
     axes.plot(line.x, line.y * axis.scale, drawstyle="steps-pre" if axis.step else "default", clip_on=False, **look)
 
 
+def _rule(axes: "Axes", height: float, name: str) -> None:
+    """A horizontal line, its name under its left end, where curves that rise to it are low."""
+    axes.axhline(height, color=INK, alpha=0.6, linewidth=0.9, linestyle=(0, (5, 3)))
+    place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(name, (0, height), xytext=(4, -3), va="top", fontsize=9.5, **place)
+
+
 class Axis(NamedTuple):
     """How a chart is laid out.
 
@@ -142,12 +149,16 @@ class Axis(NamedTuple):
         scale: What values are multiplied by: 100 for percent.
         top: The upper end of the vertical axis, which then begins at 0; without it the data decide.
         step: Whether curves are steps, each down to the value at its right.
+        limit: Where a horizontal line stands, as values are before they are multiplied.
+        named: What is written at that line.
     """
 
     across: str
     scale: float = 1.0
     top: float | None = None
     step: bool = False
+    limit: float | None = None
+    named: str = ""
 
 
 def chart(lines: Sequence[Line], axis: Axis, prefix: str, title: str, description: str) -> str:
@@ -165,6 +176,8 @@ def chart(lines: Sequence[Line], axis: Axis, prefix: str, title: str, descriptio
     with _settings():
         figure = Figure(figsize=(5, 3.1))
         axes = figure.add_axes((0.085, 0.16, 0.895, 0.79))
+        if axis.limit is not None:
+            _rule(axes, axis.limit * axis.scale, axis.named)
         for line in lines:
             _draw(axes, line, axis)
         axes.set_xlabel(axis.across)

@@ -43,6 +43,10 @@ BAND = Source(
     "The tight constant in the Dvoretzky-Kiefer-Wolfowitz inequality",
     "Massart", 1990, "https://doi.org/10.1214/aop/1176990746",
 )  # fmt: skip
+ALIGNED = Source(
+    "Are perceptually-aligned gradients a general property of robust classifiers?",
+    "Kaur, Cohen and Lipton", 2019, "https://arxiv.org/abs/1910.08640",
+)  # fmt: skip
 PAIRED = Source(
     "Adding error bars to evals: a statistical approach to language model evaluations",
     "Miller", 2024, "https://arxiv.org/abs/2411.00640",
@@ -101,10 +105,57 @@ ENTRIES = (
         "(subset), where the dataset declares the other.",
     ),
     Entry(
+        "frechet, precision, recall, density, coverage@scale=<w>",
+        r"(gain/)?(frechet|precision|recall|density|coverage)@scale=.+",
+        "images drawn under guidance of scale w against real ones, by the features of the network that the group "
+        "names: squared Frechet distance of fitted Gaussians (no FID unless that is its Inception network); shares of "
+        "drawn images near real ones and of real near drawn, real balls per drawn image, and real balls with a drawn "
+        "image.",
+    ),
+    Entry(
+        "agreement, score@scale=<w>",
+        r"(gain/)?(agreement|score)(@scale=|/real).*",
+        "by an independent classifier: the share of drawn images whose prediction is the class asked for, and "
+        "exp(mean KL(p(y|x), mean p)). real: of the real images, against their labels.",
+    ),
+    Entry(
         "accuracy@t=<t>, entropy@t=<t>",
-        r"(.+/)?(accuracy|entropy)@t=.+",
+        r"(gain/)?(accuracy|entropy)@t=.+",
         "of f at D(x + σₜ ε, σₜ): the image diffused to time t and denoised in one step. Entropy is the mean "
         "of −Σₖ pₖ ln pₖ, in nats.",
+        DIFFAUG,
+    ),
+    Entry(
+        "noisy/…@t=<t>",
+        r"noisy/.+@t=.+",
+        "of f at xₜ = x + σₜ ε itself, in the units of [0, 1] and not clamped; networks that want it are told σₜ, or "
+        "given D(xₜ, σₜ) too.",
+        DIFFAUG,
+    ),
+    Entry(
+        "entropy_gap@t=<t>, entropy/uniform",
+        r"(.+/)?(entropy_gap@t=.+|entropy/uniform)",
+        "ln K − entropy: how far predictions are from the uniform one among K classes, whose entropy is ln K.",
+        DIFFAUG,
+    ),
+    Entry(
+        "nll@t=<t>, ece@t=<t>",
+        r"(.+/)?(nll|ece)@t=.+",
+        "the mean of −ln p(y), and the calibration error as of images, both of the images diffused to t.",
+        PROPER,
+    ),
+    Entry(
+        "entropy/early, entropy/late",
+        r"(.+/)?entropy/(early|late)",
+        "the entropy averaged over the times up to 450, and over those from 500 on: in the paper networks trained with "
+        "DiffAug have less of it at early times and more at late ones.",
+        DIFFAUG,
+    ),
+    Entry(
+        "random-time/accuracy/<group>",
+        r"(.+/)?random-time/(accuracy/)?.+",
+        "share of right predictions where each image is diffused to one time of its own, uniform over the schedule, "
+        "the same for all networks.",
         DIFFAUG,
     ),
     Entry(
@@ -123,9 +174,16 @@ ENTRIES = (
     ),
     Entry(
         "…/gain/…",
-        r"(.+/)?gain/(?!(auroc|fpr95_|aupr_|detection_error|auoscr)).+",
+        r"(.+/)?gain/mean(-noise)?",
         "accuracy of the mode minus that of the plain network, on the same samples, with the interval of the "
         "paired difference, in percentage points.",
+        PAIRED,
+    ),
+    Entry(
+        "gain/<figure>",
+        r"(.+/)?gain/(?!(mean$|mean-noise$|auroc|fpr95_|aupr_|detection_error|auoscr)).+",
+        "the figure of a network minus that of the one that the setting gains compares it with, on the same samples "
+        "at the same noise, with the interval of the paired difference.",
         PAIRED,
     ),
     Entry(
@@ -208,7 +266,57 @@ ENTRIES = (
         "wrong or abstains.",
         MACER,
     ),
+    Entry(
+        "gradient_norm@t=<t>, jacobian_norm@t=<t>",
+        r"(.+/)?(gradient|jacobian)_norm@t=.+",
+        "the mean l2 norm of g = ∇ ln p(y | x), and the root of the mean of ‖J‖², J the Jacobian of the logits and "
+        "‖J‖² its Frobenius norm's square, at x = xₜ = x₀ + σₜ ε; denoised/: at and to D(xₜ); chain/: at D(xₜ), to xₜ.",
+        DIFFAUG,
+    ),
+    Entry(
+        "pag_cosine@t=<t>, pag_class_cosine@t=<t>",
+        r"(.+/)?pag_(class_)?cosine@t=.+",
+        "the mean cosine of g with D(xₜ) − xₜ, and with m_y − m_k, the mean images of the label's class and of the "
+        "other class with the highest logit: how far gradients are perceptually aligned.",
+        ALIGNED,
+    ),
+    Entry(
+        "gradient_sparsity@t=<t>, gradient_variation@t=<t>",
+        r"(.+/)?gradient_(sparsity|variation)@t=.+",
+        "the mean of (√d − ‖g‖₁ / ‖g‖₂) / (√d − 1), and of the total variation of g over its spread, relative to that "
+        "of the image.",
+        ALIGNED,
+    ),
+    Entry(
+        "generated_accuracy@t=<t>, generated_confidence@t=<t>",
+        r"(.+/)?generated_(accuracy|confidence)@t=.+",
+        "share of images that another classifier takes for a class drawn for each, after some steps along the "
+        "gradient of its log-probability, and that classifier's probability of it.",
+        ALIGNED,
+    ),
     *detection_glossary.ENTRIES,
+    Entry(
+        "jacobian_…@t=<t>, denoising_error@t=<t>, trace_gap@t=<t>, effective_rank@t=<t>",
+        r"(jacobian_(trace|asymmetry|smallest|largest)|denoising_error|trace_gap|effective_rank)@t=.+",
+        "of J = dD(xₜ, σₜ)/dx, means over images: tr J; ‖x − D‖² / σₜ² and how far tr J is above it, 0 for the best "
+        "denoiser; ‖J − Jᵀ‖ / ‖J‖; the smallest eigenvalue of (J + Jᵀ) / 2; the largest singular value; "
+        "(tr J)² / ‖J‖².",
+        DIFFAUG,
+    ),
+    Entry(
+        "denoised-rms@t=<t>, <solver>-rms@t=<t>, mixed-rms@lambda=<share>, adapted-rms",
+        r"(denoised|ddim|dpm-solver-2)-rms@t=.+|mixed-rms@lambda=.+|adapted-rms",
+        "root mean square difference of pixels between an image and what a denoiser makes of it: diffused to t and "
+        "denoised in one step, by a solver, with a share of the class-conditional score, or adapted.",
+        DIFFAUG,
+    ),
+    Entry(
+        "toy-distance/<kind>",
+        r"toy-distance/.+",
+        "mean distance of points in the plane from the arc around which their data lie, in radii of the arc: of the "
+        "data, diffused, and denoised with the exact score.",
+        DIFFAUG,
+    ),
     Entry(
         "forwards/…, backwards/…",
         r"(.+/)?(forwards|backwards)(-per-image)?/.+",

@@ -6,14 +6,15 @@ and a content security policy lets no script run but the page's own.
 
 import base64
 import hashlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from robustbench_diffaug.report import detection_sections, glossary, sections
+from robustbench_diffaug.report import detection_sections, glossary, pictures, sections
 from robustbench_diffaug.report.cells import Table, flat, plain, table_of
+from robustbench_diffaug.shown import Shown
 
 __all__ = ["render"]
 
@@ -138,8 +139,10 @@ def _detection_settings(manifest: Mapping[str, Any]) -> dict[str, detection_sect
         known: Mapping[str, Any] = settings if isinstance(settings, Mapping) else {}
         if isinstance(average := known.get("average"), list | tuple):
             chosen = chosen._replace(averaged=[plain(score) for score in average])
-        if isinstance(gains := known.get("gains"), Mapping):
-            chosen = chosen._replace(bases={str(key): plain(base) for key, base in gains.items()})
+        gains = known.get("gains")
+        pairs = gains if isinstance(gains, list | tuple) else ()  # as a value holds a mapping
+        bases = {plain(pair[0]): plain(pair[1]) for pair in pairs if isinstance(pair, list | tuple) and len(pair) == 2}
+        chosen = chosen._replace(bases=bases)
         found[plain(bench.get("name", ""))] = chosen
     return found
 
@@ -176,13 +179,14 @@ def _context(metrics: pd.DataFrame, manifest: Mapping[str, Any], costs: pd.DataF
     }
 
 
-def render(metrics: pd.DataFrame, manifest: Mapping[str, Any], costs: pd.DataFrame) -> str:
+def render(metrics: pd.DataFrame, manifest: Mapping[str, Any], costs: pd.DataFrame, shown: Sequence[Shown] = ()) -> str:
     """The page, self-contained, the same for the same input.
 
     Arguments:
         metrics: The long form that `tables` describes.
         manifest: What the run wrote down about itself. Any key may be missing.
         costs: Seconds, throughput and memory per cell: bench, checkpoint, dataset, samples, seconds, ...
+        shown: The pictures.
     """
     environment = Environment(
         loader=PackageLoader("robustbench_diffaug", "report/templates"),
@@ -193,6 +197,6 @@ def render(metrics: pd.DataFrame, manifest: Mapping[str, Any], costs: pd.DataFra
     )
     script = environment.get_template("page.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    context = _context(metrics.reset_index(drop=True), manifest, costs)
+    context = _context(metrics.reset_index(drop=True), manifest, costs) | {"pictures": pictures.embedded(shown)}
     page = environment.get_template("index.html.j2").render(context, script=script, script_digest=digest)
     return page.encode("utf-8", "replace").decode()  # a lone surrogate in a name must not break the writing of the file

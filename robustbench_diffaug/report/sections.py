@@ -25,6 +25,36 @@ TITLES = {
     "de/accuracy@t=": "Accuracy of the ensemble at t",
     "de/accuracy@t<=": "Accuracy of the DiffAug-Ensemble of times up to t",
     "entropy@t=": "Entropy on images diffused to t and denoised",
+    "entropy_gap@t=": "What entropy lacks to ln K, on images diffused to t and denoised",
+    "ece@t=": "Calibration error on images diffused to t and denoised",
+    "nll@t=": "Negative log-likelihood on images diffused to t and denoised",
+    "gain/accuracy@t=": "Paired difference of accuracy on images diffused to t and denoised",
+    "gain/entropy@t=": "Paired difference of entropy on images diffused to t and denoised",
+    "noisy/accuracy@t=": "Accuracy on images diffused to t",
+    "noisy/entropy@t=": "Entropy on images diffused to t",
+    "noisy/entropy_gap@t=": "What entropy lacks to ln K, on images diffused to t",
+    "noisy/ece@t=": "Calibration error on images diffused to t",
+    "noisy/nll@t=": "Negative log-likelihood on images diffused to t",
+    "noisy/gain/accuracy@t=": "Paired difference of accuracy on images diffused to t",
+    "noisy/gain/entropy@t=": "Paired difference of entropy on images diffused to t",
+    "denoised-rms@t=": "What diffusing to t and denoising changes",
+    "mixed-rms@lambda=": "What denoising with a share of the class-conditional score changes",
+    "gradient_norm@t=": "Norm of the gradient of log p(y | x) at images diffused to t",
+    "jacobian_norm@t=": "Norm of the logits' Jacobian at images diffused to t",
+    "pag_cosine@t=": "Cosine of the gradient at images diffused to t and the denoiser's direction",
+    "chain/pag_cosine@t=": "Cosine of the gradient through the denoiser and the denoiser's direction",
+    "denoised/pag_cosine@t=": "Cosine of the gradient at denoised images and the denoiser's direction",
+    "pag_class_cosine@t=": "Cosine of the gradient at images diffused to t and the difference of class means",
+    "chain/pag_class_cosine@t=": "Cosine of the gradient through the denoiser and the difference of class means",
+    "agreement@scale=": "Share of drawn images that an independent classifier takes for the class asked for",
+    "frechet@scale=": "Frechet distance of features, drawn images against real ones",
+    "jacobian_trace@t=": "Trace of the denoiser's Jacobian",
+    "denoising_error@t=": "Normalised denoising error",
+    "trace_gap@t=": "Trace of the Jacobian less the normalised error",
+    "jacobian_asymmetry@t=": "Asymmetry of the denoiser's Jacobian",
+    "jacobian_smallest@t=": "Smallest eigenvalue of the Jacobian's symmetric part",
+    "jacobian_largest@t=": "Largest singular value of the denoiser's Jacobian",
+    "effective_rank@t=": "Effective rank of the denoiser's Jacobian",
     "certified@": "Certified accuracy",
     "certified-band@": "Certified accuracy, with a band for the whole curve",
     "certified-envelope@": "Certified accuracy at the best noise level of each radius",
@@ -206,17 +236,25 @@ def _lines(rows: pd.DataFrame, styles: Mapping[str, int]) -> list[figures.Line]:
     return [line(checkpoint) for checkpoint in sorted(map(str, value.columns), key=styles.__getitem__)]
 
 
-def _panel(rows: pd.DataFrame, family: str, detail: str, prefix: str, styles: dict[str, int]) -> Panel:
-    """A chart of one family of metrics, and its numbers."""
+def _uniform(metrics: pd.DataFrame, family: str, bench: str, group: str) -> pd.DataFrame:
+    """The rows that say what the entropy of a uniform prediction is, ln K, for a family of entropies."""
+    name = family.replace("entropy@t=", "entropy/uniform")
+    return metrics[(metrics["metric"] == name) & (metrics["bench"] == bench) & (metrics["group"] == group)]
+
+
+def _panel(
+    rows: pd.DataFrame, family: str, detail: str, prefix: str, styles: dict[str, int], limit: float | None
+) -> Panel:
+    """A chart of one family of metrics, with the entropy ln K of a uniform prediction if given, and its numbers."""
     unit, lines = str(rows["unit"].iloc[0]), _lines(rows, styles)
     percent = unit == "fraction"
     scale = 100.0 if percent else 1.0
-    title = TITLES.get(family, family)
+    title = TITLES.get(family, family) + (f" (ln K = {limit:.4g} nats)" if limit is not None else "")
     variable = str(rows["variable"].iloc[0])
-    tops = [float(part[np.isfinite(part)].max(initial=0.0)) for line in lines for part in (line.y, line.high)]
+    tops = [float(part[np.isfinite(part)].max(initial=limit or 0.0)) for line in lines for part in (line.y, line.high)]
     lows = [float(part[np.isfinite(part)].min(initial=0.0)) for line in lines for part in (line.y, line.low)]
     top = None if min(lows) < 0 else 100.0 if percent and max(tops) <= 1 else 1.05 * scale * max(tops) or None
-    axis = figures.Axis(variable or "l2 radius", scale, top, step=family.startswith("certified"))
+    axis = figures.Axis(variable or "l2 radius", scale, top, family.startswith("certified"), limit, "ln K")
     what = f"{title}, {unit_name(unit)}, against {axis.across}: {detail}"
     ordered = rows.assign(mode="", number=rows["at"].astype(float)).sort_values("number", kind="stable")
     numbers = _grid(ordered, what, "at")
@@ -241,7 +279,10 @@ def curves(metrics: pd.DataFrame, used: set[Hashable], styles: dict[str, int]) -
             continue  # the same curve, whose figures stand in the table of certificates
         used |= set(rows.index)
         detail = f"{bench}, {group}" if benches[variable] > 1 else group
-        made.setdefault(variable, []).append(_panel(rows, family, detail, f"chart-{number}", styles))
+        uniform = _uniform(metrics, family, bench, group)
+        used |= set(uniform.index)
+        limit = float(uniform["value"].iloc[0]) if uniform["value"].nunique() == 1 else None
+        made.setdefault(variable, []).append(_panel(rows, family, detail, f"chart-{number}", styles, limit))
     return [Group(variable, panels) for variable, panels in made.items()]
 
 

@@ -14,11 +14,14 @@ from torch import Tensor
 from robustbench_diffaug.batch import Batch, Columns, Limits
 from robustbench_diffaug.checkpoints.base import Checkpoint
 from robustbench_diffaug.checkpoints.bayes import Bayes
+from robustbench_diffaug.checkpoints.denoiser import DenoiserCheckpoint
 from robustbench_diffaug.checkpoints.model import Model
 from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.data.synthetic import Mixture
 from robustbench_diffaug.diffusion.base import Denoise, Denoiser, Posterior, Sigma
+from robustbench_diffaug.diffusion.gaussian import MixtureDenoiser
 from robustbench_diffaug.evaluators.base import Evaluator
+from robustbench_diffaug.mixture import MixtureSpec
 from robustbench_diffaug.records import INDEX, Records, from_table, to_table
 from robustbench_diffaug.testing.values import changed, check_value, generators_unmoved
 
@@ -33,13 +36,14 @@ def check_evaluator(evaluator: Evaluator, dataset: Dataset | None = None) -> Non
 
     Arguments:
         evaluator: With settings that make it cheap.
-        dataset: Some images that it fits; left out, those of a Gaussian mixture with four classes.
+        dataset: Some images that it fits; left out, those of a Gaussian mixture with four classes. Where it analyses
+            denoisers, one-channel images of 8 x 8 pixels.
     """
     check_value(evaluator)
     evaluator.check()
     source = dataset or Mixture(name="check", group="clean", size=7)
     count = len(source.rows())
-    networks = [Bayes(id="a", classes=4, temperature=0.01), Bayes(id="b", classes=4, temperature=0.01, tilt=2.0)]
+    networks = _networks(evaluator)
     with generators_unmoved(evaluator.kind):
         whole = _evaluate(evaluator, source, networks, [range(count)])
     for name, parts, limits in (
@@ -60,6 +64,17 @@ def check_evaluator(evaluator: Evaluator, dataset: Dataset | None = None) -> Non
         _same(whole, found, f"{evaluator.kind} depends on {name}, which is marked Outside")
     _check_forwards(evaluator, source, networks[0])
     _check_metrics(evaluator, source, networks[0])
+
+
+def _networks(evaluator: Evaluator) -> list[Checkpoint]:
+    """Two classifiers of the mixture, or two denoisers where the evaluator analyses such."""
+    if evaluator.needs == "classifier":
+        return [Bayes(id="a", classes=4, temperature=0.01), Bayes(id="b", classes=4, temperature=0.01, tilt=2.0)]
+    specs = {"a": MixtureSpec(), "b": MixtureSpec(spread=0.05)}
+    return [
+        DenoiserCheckpoint(id=id, denoiser=MixtureDenoiser(spec=spec, clip=False), microbatch=16)
+        for id, spec in specs.items()
+    ]
 
 
 def _evaluate(
@@ -161,7 +176,8 @@ def _check_forwards(evaluator: Evaluator, dataset: Dataset, network: Checkpoint)
         for view in watched.views(batch):
             watched.observe(model, view, batch)
     made, stated = sum(counter.images for counter in counters) - before, evaluator.forwards()
-    assert sum(model.seen) == stated.classifier, (
+    # What a denoiser is given to multiply with its Jacobian depends on the size of images.
+    assert evaluator.needs == "denoiser" or sum(model.seen) == stated.classifier, (
         f"{evaluator.kind} shows a network {sum(model.seen)} images a sample, and forwards() says {stated.classifier}"
     )
     assert made == stated.denoiser, (

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from robustbench_diffaug.engine import cells
+from robustbench_diffaug.folder import PICTURES
 from robustbench_diffaug.recorded import LOCK, Recorded
 from robustbench_diffaug.records import INDEX
 from robustbench_diffaug.report import tables
@@ -105,7 +106,7 @@ def same_versions(run: Recorded) -> tuple[bool, str]:
 
 
 def figures(run: Recorded) -> list[Check]:
-    """Tables, manifest and page, computed again from the records and compared with the files."""
+    """Tables, manifest, page and pictures, computed again from the records and compared with the files."""
     made = results(run.bare, run.archive, run.manifest, recorded_failures(run.manifest))
     exact, why = same_versions(run)
     wrong, count = list[str](), 0
@@ -117,7 +118,7 @@ def figures(run: Recorded) -> list[Check]:
     found = judged("figures", f"{count:,} rows of the tables follow from the records", wrong, note)
     if wrong and not exact:
         found = found._replace(said=f"{found.said}; {why}")
-    return [found, _manifest(run, made), _page(run, made, exact, why)]
+    return [found, _manifest(run, made), _page(run, made, exact, why), *_pictures(run, made, exact, why)]
 
 
 def _rows(run: Recorded, name: str, found: bytes, made: bytes, exact: bool) -> list[str]:
@@ -196,3 +197,21 @@ def _page(run: Recorded, made: Results, exact: bool, why: str) -> Check:
     line, said = next(((n, one) for n, (one, other) in enumerate(pairs, 1) if one != other), (0, b""))
     shown = said.decode("utf-8", "replace").strip()[:100]
     return judged("page", "", [f"index.html line {line} is not what the records give: {shown!r}"])
+
+
+def _pictures(run: Recorded, made: Results, exact: bool, why: str) -> list[Check]:
+    """The files of pictures, byte for byte, where there are any and they were made with the same packages."""
+    right = {name: content for name, content in made.files.items() if name.startswith(f"{PICTURES}/")}
+    paths = [path for path in sorted((run.root / PICTURES).rglob("*")) if not path.is_dir()]
+    found = {path.relative_to(run.root).as_posix(): path for path in paths if not path.name.startswith(".")}
+    if not right and not found:
+        return []
+    wrong = [f"{name} is not there" for name in right if name not in found]
+    wrong += [f"{name} is no picture that the records give" for name in found if name not in right]
+    other = [name for name, path in found.items() if name in right and path.read_bytes() != right[name]]
+    if exact:
+        wrong += [f"{name} is not what the records give" for name in other]
+    elif other and not wrong:
+        return [Check("pictures", "not checked", f"{len(other)} of {len(right)} are others than here, and {why}")]
+    said = f"{len(right)} files in {PICTURES} are what the records give, byte for byte"
+    return [judged("pictures", said, wrong)]

@@ -44,7 +44,7 @@ def shown(frame: pd.DataFrame) -> Detection:
 @pytest.fixture(scope="module")
 def text(frame: pd.DataFrame) -> str:
     """Its page."""
-    settings = {"average": list(AVERAGED), "gains": {CHECKPOINTS[1]: CHECKPOINTS[0]}}
+    settings = {"average": list(AVERAGED), "gains": [[CHECKPOINTS[1], CHECKPOINTS[0]]]}
     return render(frame, {"benches": [{"name": "ood", "evaluator": settings}]}, pd.DataFrame())
 
 

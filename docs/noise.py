@@ -120,7 +120,7 @@ def main(run: Path) -> None:
     hits = {network: hits_of(run, network) for network in noise.networks}
     parts = [
         "# Entropy against t, and accuracy against noise\n",
-        f"Made by `rdiff run analyses` and `docs/noise.py`; suite digest {manifest['suite']['digest']}, seed "
+        f"Made by `docs/noise.py` of the benches `entropy` and `noise` of suite `analyses`; suite digest {manifest['suite']['digest']}, seed "
         f"{manifest['suite']['seed']}, torch {manifest['versions']['torch']}, {manifest['device']}. Test images of MNIST, "
         f"{counts['entropy']} and {counts['noise']}; 95 % intervals over images. [noise.md](noise.md) says what the "
         "figures are.\n",

@@ -33,7 +33,7 @@ __all__ += ["put", "recorded_failures", "rendered", "tasks_of"]
 FORMATS = {"html": ("index.html",), "csv": ("metrics.csv", "metrics.parquet", "leaderboard.csv", "costs.csv")}
 """The files of each format of a report; to the page belongs the folder of pictures."""
 DRAWING = ("jinja2", "matplotlib", "pandas", "pyarrow")  # packages on which the bytes of reports depend
-UNCOMPUTED = (summary.NO_METRICS, summary.NO_PICTURES)  # how reasons begin that are not of a run but of its records
+UNCOMPUTED = summary.NO_METRICS  # how the reasons of failures begin that are not of a run but of metrics
 
 
 @dataclass(frozen=True)
@@ -306,9 +306,9 @@ def report(
 
 
 def recorded_failures(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The failures in a manifest that are of the run itself; those of metrics follow from the records."""
+    """The failures in a manifest that are of the run itself; those of metrics and pictures follow from records."""
     found = [{str(k): str(v) for k, v in failure.items()} for failure in listed(manifest, "failures")]
-    return [failure for failure in found if not failure.get("reason", "").startswith(UNCOMPUTED)]
+    return [failure for failure in found if not failure.get("reason", "").startswith((UNCOMPUTED, summary.NO_PICTURES))]
 
 
 def _retold(found: Recorded) -> dict[str, Any]:

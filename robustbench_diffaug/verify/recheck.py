@@ -35,6 +35,7 @@ __all__ = ["DRAWS", "FLOATS", "Again", "Chosen", "Part", "missed", "parts", "rec
 DRAWS = 0.01  # of a sample's votes that may fall on other classes on other hardware or versions
 FLOATS = 1e-3  # what a float of a record may differ by there
 CLASSES = 0.01  # of all recorded classes that may be others there
+LEVELS = 2  # of 256, that a picture may differ by there
 LONG = 16  # numbers in a column's row, beyond which they are not written out
 VOTES = ("select", "estimate")  # columns of `Smoothing`
 FORGED = (0.01, 0.05, 0.2)  # shares of a cell's samples for which the probability of being missed is told
@@ -333,6 +334,9 @@ def _difference(name: str, before: np.ndarray, after: np.ndarray, same: bool, fo
         return "is of another type or shape"
     if name in INDEX or before.dtype.kind not in "iubf":
         return "" if (before == after).all() else f"is {before}, evaluated again {after}"
+    if before.dtype == np.uint8 and not same:  # a picture's tiles
+        moved = int(np.abs(before.astype(np.int64) - after).max(initial=0))
+        return f"differs by {moved} grey levels" if moved > LEVELS else ""
     if before.dtype.kind in "iub":
         found.classes += before.size
         found.changed += int((before != after).sum())

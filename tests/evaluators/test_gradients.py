@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from robustbench_diffaug.evaluators.differentiable import (
     rising,
 )
 from robustbench_diffaug.evaluators.gradients import Gradients
-from robustbench_diffaug.evaluators.gradients_likeness import ascended, class_means, cosine, hoyer, roughness, tiles
+from robustbench_diffaug.evaluators.gradients_likeness import ascended, class_means
 from robustbench_diffaug.mixture import MixtureSpec
 from robustbench_diffaug.records import Declared, Metric, Records
 from robustbench_diffaug.testing import check_evaluator
@@ -295,33 +295,7 @@ def test_more_is_refused_when_files_and_data_are_looked_at() -> None:
         rows_of(Gradients(judge=Bayes(id="j", classes=3, spec=MixtureSpec(classes=3))), model_of(Linear()), a_batch())
 
 
-# Likeness
-
-
-@given(st.integers(0, 10**6))
-@settings(max_examples=20)
-def test_likeness_knows_no_scale(seed: int) -> None:
-    one, other = (torch.from_numpy(rng.normal(seed, range(k, k + 3), SHAPE)) for k in (0, 3))
-    for scale in (1e-20, 3.0, 1e20):
-        assert torch.allclose(cosine(one * scale, other), cosine(one, other), atol=1e-6)
-        assert torch.allclose(hoyer(one * scale), hoyer(one), atol=1e-6)
-        assert torch.allclose(roughness(one * scale), roughness(one), rtol=1e-5)
-    assert torch.allclose(cosine(one, -one), torch.tensor(-1.0, dtype=torch.float64))
-    flat, also = one.double().flatten(1), other.double().flatten(1)
-    assert torch.allclose(cosine(one, other), torch.cosine_similarity(flat, also, dim=1), atol=1e-12)
-
-
-def test_sparsity_and_roughness_by_hand() -> None:
-    one = torch.zeros(3, 1, 4, 4)
-    one[0, 0, 1, 2], one[1] = 5.0, 2.0
-    one[2, 0, :2, :2] = -1.0
-    assert torch.allclose(hoyer(one), torch.tensor([1.0, 0.0, (4 - 2) / 3], dtype=torch.float64))
-    wave = torch.tensor([[0.0, 1.0], [0.0, 1.0]]).reshape(1, 1, 2, 2)
-    assert float(roughness(wave)) == pytest.approx(2 / 1.0) and float(roughness(7 - 3 * wave)) == pytest.approx(2)
-    nothing = torch.zeros(1, 1, 4, 4)
-    assert all(bool(measure(nothing).isnan().all()) for measure in (hoyer, roughness, lambda z: cosine(z, z)))
-    shades = tiles(torch.cat([wave, wave * 0 + 0.3]) * 2 - 1)
-    assert shades.tolist() == [[[[0, 255], [0, 255]]], [[[0, 0], [0, 0]]]]
+# Likeness: that of pictures alone stands in test_gradients_likeness.py
 
 
 def test_class_means_and_their_differences() -> None:

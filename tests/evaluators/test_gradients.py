@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
@@ -218,15 +216,6 @@ def test_a_network_that_wants_the_level_and_the_twin_has_the_total_derivative() 
         direct(noisy_only, shown, "denoised", batch.labels)
 
 
-@given(st.integers(0, 2), st.floats(-300, 300), st.floats(-300, 300))
-def test_a_network_too_sure_of_itself_still_has_a_gradient(label: int, first: float, second: float) -> None:
-    logits = torch.tensor([[first, second, 0.0]], dtype=torch.float64, requires_grad=True)
-    found = rising(logits, torch.tensor([label]))
-    assert float(found.direction.norm()) == pytest.approx(1, abs=1e-9) and float(found.length) > 0
-    (expected,) = torch.autograd.grad(logits.log_softmax(dim=1)[0, label], logits)
-    assert torch.allclose(found.direction * found.length, expected, atol=1e-14)
-
-
 # What is refused
 
 
@@ -293,9 +282,6 @@ def test_more_is_refused_when_files_and_data_are_looked_at() -> None:
         rows_of(Gradients(reference=other), model_of(Linear()), a_batch())
     with pytest.raises(ValueError, match="judge j knows 3 classes and net 4"):
         rows_of(Gradients(judge=Bayes(id="j", classes=3, spec=MixtureSpec(classes=3))), model_of(Linear()), a_batch())
-
-
-# Likeness: that of pictures alone stands in test_gradients_likeness.py
 
 
 def test_class_means_and_their_differences() -> None:

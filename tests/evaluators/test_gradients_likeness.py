@@ -1,4 +1,4 @@
-"""Likeness of gradients: what knows no scale, and sparsity and roughness by hand."""
+"""Likeness of gradients: what knows no scale, sparsity and roughness by hand; and sure networks' gradients."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustbench_diffaug import rng
+from robustbench_diffaug.evaluators.differentiable import rising
 from robustbench_diffaug.evaluators.gradients_likeness import cosine, hoyer, roughness, tiles
 
 SHAPE = (1, 8, 8)
@@ -35,3 +36,12 @@ def test_sparsity_and_roughness_by_hand() -> None:
     assert all(bool(measure(nothing).isnan().all()) for measure in (hoyer, roughness, lambda z: cosine(z, z)))
     shades = tiles(torch.cat([wave, wave * 0 + 0.3]) * 2 - 1)
     assert shades.tolist() == [[[[0, 255], [0, 255]]], [[[0, 0], [0, 0]]]]
+
+
+@given(st.integers(0, 2), st.floats(-300, 300), st.floats(-300, 300))
+def test_a_network_too_sure_of_itself_still_has_a_gradient(label: int, first: float, second: float) -> None:
+    logits = torch.tensor([[first, second, 0.0]], dtype=torch.float64, requires_grad=True)
+    found = rising(logits, torch.tensor([label]))
+    assert float(found.direction.norm()) == pytest.approx(1, abs=1e-9) and float(found.length) > 0
+    (expected,) = torch.autograd.grad(logits.log_softmax(dim=1)[0, label], logits)
+    assert torch.allclose(found.direction * found.length, expected, atol=1e-14)

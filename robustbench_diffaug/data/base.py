@@ -144,15 +144,17 @@ class Dataset(Component, ABC):
         """The first image of the declared subset; where damaged ones are left out, the first that is not.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If there is none; a `BadImage` that names the first damaged one where there are only such.
         """
+        damaged: BadImage | None = None
         for row in self.rows():
             try:
                 return self.opened().read([row])[0][0]
-            except BadImage:
+            except BadImage as error:
                 if self.on_bad_image == "fail":
                     raise
-        raise ValueError(f"no image of {self.name} can be decoded; is it what it is meant to be?")
+                damaged = damaged or error
+        raise BadImage(f"no image of {self.name} can be decoded: {damaged or 'it has none'}")
 
     @final
     def declared(self) -> Declared:

@@ -235,7 +235,7 @@ def original(given: Made, checkout: Path) -> Callable[[str], None]:
     sys.meta_path.append(Stubs())
     unmoved: Any = lambda self, *_, **__: self  # noqa: E731  # it asks for a GPU in any case
     for kind in (torch.Tensor, nn.Module):
-        kind.cuda = unmoved  # type: ignore[method-assign]
+        kind.cuda = unmoved  # type: ignore[method-assign]  # a method of the class is replaced for the whole process
     with redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         evaluator: Any = import_module("openood.evaluation_api.evaluator")

@@ -8,13 +8,13 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Int, Shaped, UInt8
 
 from robustbench_diffaug import reading, rng
 from robustbench_diffaug.batch import Batch, Columns
 from robustbench_diffaug.stats import Estimate
 
-__all__ = ["INDEX", "Declared", "Metric", "Picture", "Piece", "Records", "from_table", "to_table"]
+__all__ = ["INDEX", "Declared", "Metric", "Picture", "Piece", "Records", "from_table", "shared", "to_table"]
 
 Better: TypeAlias = Literal["higher", "lower"]
 
@@ -175,6 +175,20 @@ class Records:
             if piece is not None:
                 waiting.append(piece)
 
+    def group(self, *names: str) -> "Records":
+        """The rows of the datasets of some groups."""
+        return self.of(lambda dataset: dataset.group in names)
+
+    def groups(self) -> Iterator[tuple[str, "Records"]]:
+        """The rows of each group that has some, in the order of the datasets."""
+        for name in dict.fromkeys(dataset.group for dataset in self.declared):
+            if len(rows := self.group(name)):
+                yield name, rows
+
+    def take(self, rows: Int[np.ndarray, " m"]) -> "Records":
+        """The held columns of the rows at some positions."""
+        return replace(self, columns={name: column[rows] for name, column in self.columns.items()}, pieces=())
+
     def clusters(self) -> Shaped[np.ndarray, " n"]:
         """A name of the image behind each row: versions of one image are one cluster."""
         joined = np.char.add(self.columns["origin"], "\x1f")
@@ -198,6 +212,14 @@ class Records:
         origins = {dataset.origin: dataset.n_available for dataset in self.declared}  # a version of an image is no more
         complete = len(self) == sum(dataset.n for dataset in self.declared)
         return Metric(name, group, *estimate, sum(origins.values()), complete, better, unit, headline)
+
+
+def shared(one: Records, other: Records) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
+    """Where the samples stand that both have, in the order of the first."""
+    mine, others = (np.char.add(np.char.add(each["dataset"], "\x1f"), each["sample"]) for each in (one, other))
+    _, first, second = np.intersect1d(mine, others, return_indices=True)
+    order = np.argsort(first, kind="stable")
+    return first[order], second[order]
 
 
 def _cut(count: int, size: int) -> Iterator[int]:

@@ -3,18 +3,16 @@
 import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
-from urllib.parse import quote
 from xml.etree import ElementTree
 
 import numpy as np
 
-from robustbench_diffaug.component import digest_of
 from robustbench_diffaug.folder import PICTURES
 from robustbench_diffaug.records import Picture
+from robustbench_diffaug.store import quoted
 
 __all__ = ["Shown", "shown"]
 
-LONGEST = 200  # characters of a folder's name; most file systems take 255
 FORBIDDEN = ("script", "foreignobject", "iframe", "object", "embed", "set", "animate")
 """Elements of SVG that act, or hold what is no drawing; nothing here moves."""
 
@@ -30,14 +28,8 @@ class Shown(NamedTuple):
     def path(self) -> str:
         """Its file below the run folder; names are quoted, so that none leads elsewhere."""
         ending = "svg" if self.picture.tiles is None else "png"
-        names = "/".join(map(_quoted, (self.bench, self.checkpoint, self.picture.name)))
+        names = "/".join(map(quoted, (self.bench, self.checkpoint, self.picture.name)))
         return f"{PICTURES}/{names}.{ending}"
-
-
-def _quoted(name: str) -> str:
-    """A name as one of a file: no separator, not hidden, and not too long for a file system."""
-    quoted = quote(name, safe="@+=,").replace(".", "%2E", 1 if name.startswith(".") else 0)
-    return quoted if len(quoted) <= LONGEST else f"{quoted[:LONGEST]}~{digest_of(name)}"
 
 
 def shown(bench: str, checkpoint: str, pictures: Iterable[Picture]) -> Iterator[Shown]:

@@ -45,13 +45,13 @@ class Cell:
     def folder(self) -> Path:
         """Where its files are, below the run folder; names are quoted, so that none leads elsewhere."""
         names = (self.bench, self.checkpoint.id, self.dataset.name)
-        return Path("records", *map(_quoted, names), self.key)
+        return Path("records", *map(quoted, names), self.key)
 
 
-def _quoted(name: str) -> str:
-    """A name as one of a folder: no separator, not hidden, and not too long for a file system."""
-    quoted = quote(name, safe="@+=,").replace(".", "%2E", 1 if name.startswith(".") else 0)
-    return quoted if len(quoted) <= LONGEST else f"{quoted[:LONGEST]}~{digest_of(name)}"
+def quoted(name: str) -> str:
+    """A name as one of a file or folder: no separator, not hidden, and not too long for a file system."""
+    found = quote(name, safe="@+=,").replace(".", "%2E", 1 if name.startswith(".") else 0)
+    return found if len(found) <= LONGEST else f"{found[:LONGEST]}~{digest_of(name)}"
 
 
 SKIPPED = b"skipped"

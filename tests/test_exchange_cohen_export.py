@@ -165,9 +165,9 @@ def two(data: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "words", "message"),
     [
-        (none, (), "has no bench of smoothing"),
-        (two, (), "has several benches of smoothing; name one with --bench: certify, again"),
-        (two, ("--bench", "agin"), "has no bench of smoothing called 'agin'; did you mean again?"),
+        (none, (), "has no bench of kind smoothing"),
+        (two, (), "has several benches of kind smoothing; name one with --bench: certify, again"),
+        (two, ("--bench", "agin"), "has no bench of kind smoothing called 'agin'; did you mean again?"),
         (two, ("--bench", "again"), "bayes on mixture has certificates of 0 of 14 images; run the suite to its end"),
         (two, ("--set", "benches.0.evaluator.n=65"), "--set changes benches.0.evaluator.n, on which records depend"),
     ],

@@ -204,9 +204,8 @@ class Gallery(Evaluator):
 
     def metrics(self, records: Records) -> Iterable[Metric]:
         """Root mean square differences to the image, by group; of the toy, distances to the curve of its data."""
-        for group in dict.fromkeys(dataset.group for dataset in records.declared):
-            rows = records.of(lambda dataset, group=group: dataset.group == group)  # type: ignore[misc]
-            for name, values, unit in self._figures(rows) if len(rows) else ():
+        for group, rows in records.groups():
+            for name, values, unit in self._figures(rows):
                 estimate = clustered_mean(values, rows.clusters(), rows.key(name))
                 yield rows.metric(name, group, estimate, better="lower", unit=unit)
 

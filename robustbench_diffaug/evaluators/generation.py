@@ -20,10 +20,11 @@ from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.diffusion.adaptation import Chain
 from robustbench_diffaug.diffusion.base import Denoiser
 from robustbench_diffaug.diffusion.guidance import Guide, LogLikelihood, Sampler, guided, in_groups, sample
+from robustbench_diffaug.evaluators import gains
 from robustbench_diffaug.evaluators.base import Evaluator, Forwards
 from robustbench_diffaug.evaluators.differentiable import gradient_of, logits_of
 from robustbench_diffaug.paired import paired_difference
-from robustbench_diffaug.records import Better, Metric, Picture, Records
+from robustbench_diffaug.records import Better, Metric, Picture, Records, shared
 from robustbench_diffaug.samples import (
     frechet_difference,
     frechet_estimate,
@@ -150,9 +151,7 @@ class Generation(Evaluator):
             raise ValueError(f"made and real images have different shapes ({sizes}); correct size and channels")
         if self.denoiser.size() not in (None, labels[0].first().shape[-1]):
             raise ValueError(f"the denoiser makes images of size {self.denoiser.size()}; correct that of {names[0]}")
-        for id in (str(id) for pair in self.gains for id in pair):
-            if id not in checkpoints:
-                raise ValueError(f"gains names checkpoint {id!r}{suggest(id, list(checkpoints))}")
+        gains.require(self.gains, checkpoints)
 
     def denoisers(self) -> tuple[Denoiser, ...]:
         """The one that draws."""
@@ -192,13 +191,17 @@ class Generation(Evaluator):
 
     def compare(self, checkpoints: Sequence[str], records: Callable[[str], Records]) -> Iterable[tuple[str, Metric]]:
         """The gains of the checkpoints that `gains` names, over the same labels and noise."""
-        for id, base in self.gains:
-            pair = _paired(records(str(id)), records(str(base)))
-            guided_ones = [index for index, scale in enumerate(self.scales) if scale]  # without, images are the same
-            for index in guided_ones if len(self._split(pair[0])[1]) else ():
-                scale = self.scales[index]
-                for figure in self._gains(pair, index):
-                    yield str(id), replace(figure, name=f"gain/{figure.name}@scale={scale:g}")
+        return gains.compared(self.gains, records, self._compared)
+
+    def _compared(self, one: Records, other: Records) -> Iterator[Metric]:
+        """The gains at every scale but 0, at which the images are the same."""
+        rows = shared(one, other)
+        pair = one.take(rows[0]), other.take(rows[1])
+        if not len(self._split(pair[0])[1]):
+            return
+        for index, scale in enumerate(self.scales):
+            for figure in self._gains(pair, index) if scale else ():
+                yield replace(figure, name=f"gain/{figure.name}@scale={scale:g}")
 
     def notices(self, records: Records) -> Iterable[str]:
         """How many samples the figures of features rest on, and what they are not."""
@@ -332,17 +335,6 @@ def _log_likelihood(model: Model, labels: Int[Tensor, " n"]) -> LogLikelihood:
         return torch.log_softmax(logits, dim=1).gather(1, labels[:, None])[:, 0]
 
     return found
-
-
-def _paired(first: Records, second: Records) -> tuple[Records, Records]:
-    """The rows that both have, in one order."""
-    names = [np.char.add(np.char.add(rows["dataset"], "\x1f"), rows["sample"]) for rows in (first, second)]
-    _, *places = np.intersect1d(names[0], names[1], return_indices=True)
-    both = [
-        replace(rows, columns={name: column[place] for name, column in rows.columns.items()}, pieces=())
-        for rows, place in zip((first, second), places, strict=True)
-    ]
-    return both[0], both[1]
 
 
 def _grid(records: Records, index: int, name: str, title: str) -> Iterator[Picture]:

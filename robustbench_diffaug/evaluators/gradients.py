@@ -13,10 +13,10 @@ from robustbench_diffaug import rng
 from robustbench_diffaug.batch import Batch, Columns, View
 from robustbench_diffaug.checkpoints.base import Checkpoint
 from robustbench_diffaug.checkpoints.model import Model
-from robustbench_diffaug.component import Options, Outside, suggest
+from robustbench_diffaug.component import Options, Outside
 from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.diffusion.base import Denoiser
-from robustbench_diffaug.evaluators import gradients_metrics
+from robustbench_diffaug.evaluators import gains, gradients_metrics
 from robustbench_diffaug.evaluators.base import Evaluator, Forwards
 from robustbench_diffaug.evaluators.differentiable import Pulled, Shown, Through, pulled, rising
 from robustbench_diffaug.evaluators.gradients_likeness import ascended, class_means, cosine, hoyer, roughness, tiles
@@ -136,10 +136,7 @@ class Gradients(Evaluator):
 
     def fits(self, datasets: Sequence[Dataset], checkpoints: Sequence[str]) -> None:
         """The checkpoints that gains compares must be there."""
-        for pair in self.gains:
-            for id in map(str, pair):
-                if id not in checkpoints:
-                    raise ValueError(f"gains names checkpoint {id!r}{suggest(id, list(checkpoints))}")
+        gains.require(self.gains, checkpoints)
 
     def denoisers(self) -> tuple[Denoiser, ...]:
         """D."""
@@ -307,9 +304,7 @@ class Gradients(Evaluator):
 
     def compare(self, checkpoints: Sequence[str], records: Callable[[str], Records]) -> Iterable[tuple[str, Metric]]:
         """The paired differences of the checkpoints that `gains` names."""
-        for id, base in self.gains:
-            for figure in gradients_metrics.gains(records(str(id)), records(str(base)), self.times):
-                yield str(id), figure
+        return gains.compared(self.gains, records, lambda one, base: gradients_metrics.gains(one, base, self.times))
 
     def notices(self, records: Records) -> Iterable[str]:
         """Gradients that are 0, of which there is no cosine."""

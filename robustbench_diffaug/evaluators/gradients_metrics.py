@@ -9,7 +9,7 @@ from jaxtyping import Float, Shaped
 
 from robustbench_diffaug import stats
 from robustbench_diffaug.paired import paired_difference
-from robustbench_diffaug.records import Better, Metric, Picture, Records
+from robustbench_diffaug.records import Better, Metric, Picture, Records, shared
 
 __all__ = ["gains", "metrics", "notices", "pictures"]
 
@@ -116,8 +116,7 @@ def gains(records: Records, base: Records, times: Sequence[int]) -> Iterator[Met
         pair = [_part(each, group, severity) for each in (records, base)]
         if not all(map(len, pair)):
             continue
-        one, other = (np.char.add(np.char.add(each["dataset"], "\x1f"), each["sample"]) for each in pair)
-        _, mine, others = np.intersect1d(one, other, return_indices=True)
+        mine, others = shared(*pair)
         label = f"{group}@s{severity}" if severity else group
         for through, figure, index, t in _places(pair[0], times):
             column = f"{through}_{figure.column}"

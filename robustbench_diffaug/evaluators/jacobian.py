@@ -13,12 +13,13 @@ from torch import Tensor
 from robustbench_diffaug import paired, stats
 from robustbench_diffaug.batch import Batch, Columns, View
 from robustbench_diffaug.checkpoints.model import Model
-from robustbench_diffaug.component import Options, Outside, suggest
+from robustbench_diffaug.component import Options, Outside
 from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.diffusion import jacobian as linear
 from robustbench_diffaug.diffusion.base import Schedule
+from robustbench_diffaug.evaluators import gains
 from robustbench_diffaug.evaluators.base import Evaluator, Forwards
-from robustbench_diffaug.records import Declared, Metric, Picture, Records
+from robustbench_diffaug.records import Metric, Picture, Records, shared
 
 __all__ = ["Jacobian"]
 
@@ -94,10 +95,7 @@ class Jacobian(Evaluator):
                     f"images of {dataset.name} have {count} numbers, more than the {EXACT} of which a whole Jacobian "
                     "is computed; set exact: false"
                 )
-        for pair in self.gains:
-            for id in map(str, pair):
-                if id not in checkpoints:
-                    raise ValueError(f"gains names checkpoint {id!r}{suggest(id, list(checkpoints))}")
+        gains.require(self.gains, checkpoints)
 
     def forwards(self) -> Forwards:
         """Images in each pass, forwards or back: one a product; a whole matrix is as many as images have numbers."""
@@ -172,7 +170,7 @@ class Jacobian(Evaluator):
 
     def metrics(self, records: Records) -> Iterable[Metric]:
         """Means against t, and how far the trace is from the error that it should equal."""
-        for group, rows in _groups(records):
+        for group, rows in records.groups():
             clusters, key = rows.clusters(), rows.key("jacobian", group)
             for index, t in enumerate(self.times):
                 for name, (better, unit) in FAMILIES.items():
@@ -184,11 +182,7 @@ class Jacobian(Evaluator):
 
     def compare(self, checkpoints: Sequence[str], records: Callable[[str], Records]) -> Iterable[tuple[str, Metric]]:
         """What the checkpoints that `gains` names have more than others, over the same images and noise."""
-        for id, base in self.gains:
-            mine, others = dict(_groups(records(str(id)))), dict(_groups(records(str(base))))
-            for group in (name for name in mine if name in others):
-                for figure in _gains(mine[group], others[group], group, self.times):
-                    yield str(id), figure
+        return gains.compared(self.gains, records, lambda one, base: _gains(one, base, self.times))
 
     def pictures(self, records: Records) -> Iterable[Picture]:
         """At each time the left singular vectors of some images, as figure 17 of the paper."""
@@ -257,27 +251,16 @@ def _first(records: Records, count: int) -> Iterator[Mapping[str, Shaped[np.ndar
             return
 
 
-def _groups(records: Records) -> Iterator[tuple[str, Records]]:
-    """The rows of each group that has some."""
-    for group in dict.fromkeys(dataset.group for dataset in records.declared):
-
-        def chosen(dataset: Declared, group: str = group) -> bool:
-            return dataset.group == group
-
-        if len(rows := records.of(chosen)):
-            yield group, rows
-
-
-def _gains(rows: Records, base: Records, group: str, times: Sequence[int]) -> Iterator[Metric]:
+def _gains(one: Records, other: Records, times: Sequence[int]) -> Iterator[Metric]:
     """Paired differences over the images that both have seen."""
-    mine, others = (np.char.add(np.char.add(part["dataset"], "\x1f"), part["sample"]) for part in (rows, base))
-    _, first, second = np.intersect1d(mine, others, return_indices=True)
-    if not len(first):
+    if not len(one) or not len(other):
         return
-    both = Records({name: column[first] for name, column in rows.columns.items()}, rows.declared, rows.seed)
-    clusters, key = both.clusters(), both.key("jacobian/gain", group)
-    for index, t in enumerate(times):
-        for name, (better, unit) in FAMILIES.items():
-            pair = both[name][:, index], base[name][second, index]
-            estimate = paired.paired_difference(*pair, clusters, key, bounded=False)
-            yield both.metric(f"gain/{name}@t={t}", group, estimate, better, unit)
+    first, second = shared(one, other)
+    bases = dict(other.take(second).groups())
+    for group, rows in one.take(first).groups():
+        clusters, key = rows.clusters(), rows.key("jacobian/gain", group)
+        for index, t in enumerate(times):
+            for name, (better, unit) in FAMILIES.items():
+                pair = rows[name][:, index], bases[group][name][:, index]
+                estimate = paired.paired_difference(*pair, clusters, key, bounded=False)
+                yield rows.metric(f"gain/{name}@t={t}", group, estimate, better, unit)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from robustbench_diffaug.batch import Batch, Columns, View
 from robustbench_diffaug.checkpoints.model import Model
-from robustbench_diffaug.component import Options, Outside, suggest
+from robustbench_diffaug.component import Options, Outside
 from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.diffusion.base import Denoiser, Sigma
-from robustbench_diffaug.evaluators import noise_metrics
+from robustbench_diffaug.evaluators import gains, noise_metrics
 from robustbench_diffaug.evaluators.base import Evaluator, Forwards
 from robustbench_diffaug.records import Metric, Records
 
@@ -70,10 +70,7 @@ class Noise(Evaluator):
 
     def fits(self, datasets: Sequence[Dataset], checkpoints: Sequence[str]) -> None:
         """What gains compare must be checkpoints of the bench."""
-        for pair in self.gains:
-            for id in map(str, pair):
-                if id not in checkpoints:
-                    raise ValueError(f"gains names checkpoint {id!r}{suggest(id, list(checkpoints))}")
+        gains.require(self.gains, checkpoints)
 
     def denoisers(self) -> tuple[Denoiser, ...]:
         """The one."""
@@ -149,9 +146,7 @@ class Noise(Evaluator):
 
     def compare(self, checkpoints: Sequence[str], records: Callable[[str], Records]) -> Iterable[tuple[str, Metric]]:
         """The gains of the checkpoints that `gains` names."""
-        for id, base in self.gains:
-            for figure in noise_metrics.gains(records(str(id)), records(str(base)), self.settings):
-                yield str(id), figure
+        return gains.compared(self.gains, records, lambda one, base: noise_metrics.gains(one, base, self.settings))
 
 
 def _summary(

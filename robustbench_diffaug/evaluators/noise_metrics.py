@@ -1,7 +1,6 @@
 """The figures of the noise evaluator, from its records alone."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from math import log, nan
 from typing import Literal, NamedTuple
 
@@ -9,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Shaped
 
 from robustbench_diffaug import paired, stats
-from robustbench_diffaug.records import Declared, Metric, Records
+from robustbench_diffaug.records import Metric, Records, shared
 
 __all__ = ["EARLY", "LATE", "Settings", "gains", "metrics"]
 
@@ -47,22 +46,11 @@ class Settings(NamedTuple):
 
 def metrics(records: Records, settings: Settings) -> Iterator[Metric]:
     """The curves against t of each group of datasets, their early and late means, and the accuracy at random times."""
-    for group, rows in _groups(records):
+    for group, rows in records.groups():
         if settings.times:
             yield from _curves(rows, group, settings)
         if settings.random_time:
             yield _at_random(rows, group, settings)
-
-
-def _groups(records: Records) -> Iterator[tuple[str, Records]]:
-    """The rows of each group that has some."""
-    for group in dict.fromkeys(dataset.group for dataset in records.declared):
-
-        def chosen(dataset: Declared, group: str = group) -> bool:
-            return dataset.group == group
-
-        if rows := records.of(chosen):
-            yield group, rows
 
 
 def _curves(rows: Records, group: str, settings: Settings) -> Iterator[Metric]:
@@ -116,9 +104,9 @@ def gains(records: Records, base: Records, settings: Settings) -> Iterator[Metri
     """
     if not len(records) or not len(base):
         return
-    one, other = _common(records, base)
-    others = dict(_groups(other))
-    for group, rows in _groups(one):
+    first, second = shared(records, base)
+    others = dict(base.take(second).groups())
+    for group, rows in records.take(first).groups():
         yield from _gains(rows, others[group], group, settings)
 
 
@@ -141,15 +129,3 @@ def _gains(rows: Records, base: Records, group: str, settings: Settings) -> Iter
         yield entropy(f"/{name}", one, other)
     if settings.random_time:
         yield accuracy(f"random-time/{group}", (rows["random_pred"], base["random_pred"]))
-
-
-def _common(one: Records, other: Records) -> tuple[Records, Records]:
-    """The rows of the images that both have, in one order."""
-    mine, others = (np.char.add(np.char.add(part["dataset"], "\x1f"), part["sample"]) for part in (one, other))
-    _, first, second = np.intersect1d(mine, others, return_indices=True)
-    order = np.argsort(first, kind="stable")
-
-    def taken(part: Records, rows: Shaped[np.ndarray, " n"]) -> Records:
-        return replace(part, columns={name: column[rows] for name, column in part.columns.items()})
-
-    return taken(one, first[order]), taken(other, second[order])

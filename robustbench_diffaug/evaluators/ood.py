@@ -14,7 +14,7 @@ from robustbench_diffaug.checkpoints.model import Model
 from robustbench_diffaug.component import Options, Outside, Value, suggest
 from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.detection.scores import PREFIX, SCORES, score_of
-from robustbench_diffaug.evaluators import ood_metrics
+from robustbench_diffaug.evaluators import gains, ood_metrics
 from robustbench_diffaug.evaluators.base import Evaluator, Forwards
 from robustbench_diffaug.evaluators.ood_gradients import odin
 from robustbench_diffaug.evaluators.ood_scored import ROLES, Protocol
@@ -141,10 +141,7 @@ class Ood(Evaluator):
             for role in ("fit", "val"):
                 if name in SCORES and role in SCORES[name].needs and role not in roles:
                     raise ValueError(f"score {name} needs a dataset with group: {role}; add one, or leave {name} out")
-        for pair in self.gains:
-            for id in map(str, pair):
-                if id not in checkpoints:
-                    raise ValueError(f"gains names checkpoint {id!r}{suggest(id, list(checkpoints))}")
+        gains.require(self.gains, checkpoints)
 
     def forwards(self) -> Forwards:
         """One forward, and for each temperature of ODIN two more."""
@@ -181,7 +178,5 @@ class Ood(Evaluator):
 
     def compare(self, checkpoints: Sequence[str], records: Callable[[str], Records]) -> Iterable[tuple[str, Metric]]:
         """The gains of the checkpoints that `gains` names."""
-        for id, base in self.gains:
-            pair = records(str(id)), records(str(base))
-            for figure in ood_metrics.gains(*pair, self.protocol, self.average, self.resamples):
-                yield str(id), figure
+        settings = (self.protocol, self.average, self.resamples)
+        return gains.compared(self.gains, records, lambda one, base: ood_metrics.gains(one, base, *settings))

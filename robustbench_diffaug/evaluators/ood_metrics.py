@@ -12,7 +12,7 @@ from robustbench_diffaug.detection.curves import roc
 from robustbench_diffaug.detection.intervals import Placements, Replicates, average, placements, replicates
 from robustbench_diffaug.detection.scores import SCORES, score_of
 from robustbench_diffaug.evaluators.ood_scored import Protocol, Scored, scored
-from robustbench_diffaug.records import Better, Metric, Records
+from robustbench_diffaug.records import Better, Metric, Records, shared
 from robustbench_diffaug.stats import Estimate, proportion
 
 __all__ = ["gains", "metrics", "notices"]
@@ -116,10 +116,6 @@ class Sheet:
             self.resampled[place] = replicates(*pair, name, key, clusters, resamples=self.resamples)
         return self.resampled[place]
 
-    def role(self, role: str) -> Records:
-        """The records of a role."""
-        return self.records.of(lambda d: d.group == role)
-
     def of(self, chosen: Set) -> Records:
         """The records that a figure rests on."""
         if chosen.name not in self.parts:
@@ -162,12 +158,12 @@ def _accuracies(sheet: Sheet) -> Iterator[Metric]:
     for role, name in (("id", "accuracy"), ("csid", "accuracy/csid")):
         mask = sheet.rows([role], "group")
         if mask.any():
-            yield _metric(sheet.role(role), name, role, proportion(sheet.correct[mask]))
+            yield _metric(sheet.records.group(role), name, role, proportion(sheet.correct[mask]))
 
 
 def _choices(records: Records, found: Scored) -> Iterator[Metric]:
     """The trace of each sweep, and the value that was taken."""
-    tuned = records.of(lambda d: d.group in ("val", "ood-val"))
+    tuned = records.group("val", "ood-val")
     for score, trace in found.traces.items():
         parameter = "temperature" if score == "odin" else score_of(score).parameter
         for value, area in trace:
@@ -217,7 +213,7 @@ def _drawn(sheet: Sheet, score: str) -> Iterator[Metric]:
         if not mask.any():
             continue
         places = np.clip(((column[mask] - low) / width * BINS).astype(np.int64), 0, BINS - 1)
-        part = sheet.role(role)
+        part = sheet.records.group(role)
         for place in range(BINS):
             name = f"density/{score}/{role}@s={(place + 0.5) / BINS:g}"
             yield _metric(part, name, role, proportion(places == place))
@@ -227,15 +223,14 @@ def gains(
     records: Records, base: Records, protocol: Protocol, averaged: Sequence[str], resamples: int
 ) -> Iterator[Metric]:
     """What a checkpoint gains over another on the images that both have seen, score by score and on average."""
-    ours, theirs = _common(records, base)
     one, other = (
-        Sheet(part, {n: column[rows] for n, column in scored(whole, protocol).scores.items()}, resamples)
-        for whole, (part, rows) in ((records, ours), (base, theirs))
+        Sheet(whole.take(rows), {n: column[rows] for n, column in scored(whole, protocol).scores.items()}, resamples)
+        for whole, rows in zip((records, base), shared(records, base), strict=True)
     )
-    shared = [score for score in one.scores if score in other.scores]
-    whole = [score for score in averaged if score in shared]
+    alike = [score for score in one.scores if score in other.scores]
+    whole = [score for score in averaged if score in alike]
     for chosen in one.sets(parts=False):
-        part, found = one.of(chosen), {s: one.area(s, chosen) - other.area(s, chosen) for s in shared}
+        part, found = one.of(chosen), {s: one.area(s, chosen) - other.area(s, chosen) for s in alike}
         for score, gain in found.items():
             yield _metric(part, f"gain/auroc/{score}/{chosen.name}", chosen.name, gain.estimate())
         if not whole or whole != list(averaged):
@@ -245,18 +240,6 @@ def gains(
         figure = LOWER[0]
         rate = average([one.rates(s, chosen)[figure] - other.rates(s, chosen)[figure] for s in whole]).estimate()
         yield _metric(part, f"gain/{figure}/average/{chosen.name}", chosen.name, rate, "lower")
-
-
-def _common(one: Records, other: Records) -> tuple[tuple[Records, NDArray[np.intp]], tuple[Records, NDArray[np.intp]]]:
-    """The light columns of the images that both have, in one order, and the rows where these stand."""
-    mine, others = (np.char.add(np.char.add(each["dataset"], "\x1f"), each["sample"]) for each in (one, other))
-    _, first, second = np.intersect1d(mine, others, return_indices=True)
-    order = np.argsort(first, kind="stable")
-    rows = first[order], second[order]
-    return tuple(  # type: ignore[return-value]  # of two
-        (Records({name: column[each] for name, column in whole.columns.items()}, whole.declared, whole.seed), each)
-        for whole, each in zip((one, other), rows, strict=True)
-    )
 
 
 def notices(records: Records, protocol: Protocol) -> Iterator[str]:
@@ -290,7 +273,7 @@ def _overlaps(records: Records) -> Iterator[str]:
 def _negative(records: Records) -> float:
     """The share of features of ID test images that are below 0."""
     below, count = 0, 0
-    for part in records.of(lambda d: d.group == "id").chunks(["features"]):
+    for part in records.group("id").chunks(["features"]):
         below += int((part["features"] < 0).sum())
         count += part["features"].size
     return below / count if count else 0.0

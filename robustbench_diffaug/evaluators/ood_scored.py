@@ -79,7 +79,7 @@ def _scored(records: Records, protocol: Protocol) -> Scored:
     made, final = Scored(), dict[str, Scorer]()
     source = _source(records)
     tuning = (_rows(records, "val"), _rows(records, "ood-val"))
-    tried = protocol.sweep and all(len(_role(records, role)) for role in ("val", "ood-val"))
+    tried = protocol.sweep and all(len(records.group(role)) for role in ("val", "ood-val"))
     given = dict(protocol.parameters)
     for name in protocol.scores:
         if name == "odin":
@@ -100,13 +100,9 @@ def _scored(records: Records, protocol: Protocol) -> Scored:
     return replace(made, scores=ordered)
 
 
-def _role(records: Records, role: str) -> Records:
-    return records.of(lambda dataset: dataset.group == role)
-
-
 def _rows(records: Records, role: str) -> Chunks:
     """Reads the rows of a role."""
-    part = _role(records, role)
+    part = records.group(role)
 
     def read() -> Iterator[Rows]:
         return _read(part)
@@ -128,7 +124,7 @@ def _has(records: Records, name: str) -> bool:
 
 def _source(records: Records) -> Source:
     """What scores may be fitted to."""
-    fit, val = (_rows(records, role) if len(_role(records, role)) else None for role in ("fit", "val"))
+    fit, val = (_rows(records, role) if len(records.group(role)) else None for role in ("fit", "val"))
     weight, bias = records.constants.get("weight"), records.constants.get("bias")
     return Source(fit, val, weight, bias, records.key("ood", "fit"))
 
@@ -188,7 +184,7 @@ def _tested(records: Records, scorers: Mapping[str, Scorer], refused: dict[str, 
     where, start = np.flatnonzero(mask), 0
     if not scorers:
         return found
-    for rows in _read(records.of(lambda dataset: dataset.group in TESTED)):
+    for rows in _read(records.group(*TESTED)):
         places = where[start : start + len(rows.labels)]
         for name in list(found):
             try:

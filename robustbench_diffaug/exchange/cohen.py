@@ -11,8 +11,6 @@ References:
         https://github.com/ethz-spylab/diffusion_denoised_smoothing
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -23,7 +21,6 @@ from pathlib import Path
 import pandas as pd
 
 from robustbench_diffaug import rng, stats, summary
-from robustbench_diffaug.component import suggest
 from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.engine import cells
 from robustbench_diffaug.evaluators.certificates import certify
@@ -32,13 +29,12 @@ from robustbench_diffaug.evaluators.smoothing_metrics import named
 from robustbench_diffaug.exchange import folder
 from robustbench_diffaug.exchange.cohen_findings import findings
 from robustbench_diffaug.exchange.cohen_rows import COLUMNS, FARTHEST, Protocol, Rows, read
-from robustbench_diffaug.files import apart, atomic, sha256
+from robustbench_diffaug.files import apart
 from robustbench_diffaug.recorded import Archive, open_run
 from robustbench_diffaug.records import Metric
 from robustbench_diffaug.report import tables
 from robustbench_diffaug.runs import Finished
 from robustbench_diffaug.store import Cell
-from robustbench_diffaug.suite import Bench, Suite
 
 __all__ = ["Certified", "Protocol", "export_run", "grid", "import_run", "lines", "metrics"]
 
@@ -46,7 +42,6 @@ STEP = 0.25  # of the radii that papers print
 RADII = 40  # so many at most where none are asked for
 PLACES = Decimal("0.0001")  # of a radius that is written
 NOTICE = "imported: no votes, so radii are the source's and cannot be computed again; intervals are of the images alone"
-PARAMETERS = "parameters.json"
 
 
 @dataclass(frozen=True)
@@ -176,7 +171,7 @@ def export_run(
     """
     apart(root, path)
     found = open_run(root, trust=trust, settings=settings)
-    chosen, evaluator = _bench(root, found.suite, bench)
+    chosen, evaluator = folder.bench_of(root, found.suite, Smoothing, bench)
     (bare,) = (other for other in found.bare.benches if other.name == chosen.name)
     several = len(chosen.parts()) > 1
     contents: dict[Path, bytes] = {}
@@ -184,39 +179,9 @@ def export_run(
         for cell in row:
             for place, sigma, table in _tables(found.archive, cell, evaluator, dataset):
                 contents[path / (place if several else place.parent) / f"noise_{named(sigma)}.tsv"] = table
-    listing = root / "digests.txt"
-    about = {
-        "suite": found.manifest.get("suite"),
-        "bench": chosen.name,
-        **{name: getattr(evaluator, name) for name in ("sigmas", "n0", "n", "alpha")},
-        "settings": list(found.given),
-        "digest": sha256(listing) if listing.is_file() else "",
-        "files": {file.relative_to(path).as_posix(): _sha256(content) for file, content in contents.items()},
-    }
-    written = {**contents, path / PARAMETERS: json.dumps(about, indent=1, ensure_ascii=False).encode() + b"\n"}
-    folder.free(path, written)
-    for file, content in written.items():
-        with atomic(file) as opened:
-            opened.write(content)
+    about = {name: getattr(evaluator, name) for name in ("sigmas", "n0", "n", "alpha")}
+    folder.export(path, contents, found, chosen.name, about)
     return list(contents)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _bench(root: Path, suite: Suite, name: str) -> tuple[Bench, Smoothing]:
-    """The bench of smoothing that is meant, and its evaluator."""
-    found = {bench.name: (bench, bench.evaluator) for bench in suite.benches if isinstance(bench.evaluator, Smoothing)}
-    if not found:
-        raise ValueError(f"{root} has no bench of smoothing, and nothing else is certified")
-    if name and name not in found:
-        raise ValueError(f"{root} has no bench of smoothing called {name!r}{suggest(name, list(found))}")
-    if not name and len(found) > 1:
-        raise ValueError(f"{root} has several benches of smoothing; name one with --bench: {', '.join(found)}")
-    bench, evaluator = found[name or next(iter(found))]
-    assert isinstance(evaluator, Smoothing)
-    return bench, evaluator
 
 
 def _tables(

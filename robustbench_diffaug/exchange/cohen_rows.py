@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from robustbench_diffaug.evaluators.certificates import reach
+from robustbench_diffaug.exchange import folder
 
 __all__ = ["COLUMNS", "MOST_DRAWS", "Protocol", "Rows", "read"]
 
@@ -127,14 +128,7 @@ def read(path: Path) -> Rows:
     Raises:
         ValueError: If it is no such file; the message names the line.
     """
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; give the path of what certify.py wrote")
-    if (size := path.stat().st_size) > LARGEST:
-        raise ValueError(f"{path} has {size:,} bytes, too many for a file of certificates; give the right one")
-    try:
-        found = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file: byte {error.start} is not UTF-8") from error
+    found = folder.text(path, LARGEST, "a file of certificates", "the path of what certify.py wrote")
     head, *body = (line.removesuffix("\r") for line in found.split("\n"))
     if tuple(head.split("\t")) != COLUMNS:
         raise ValueError(f"{path}:1: the header is {head[:80]!r}; needed is {' '.join(COLUMNS)}, with tabs between")

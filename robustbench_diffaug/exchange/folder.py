@@ -1,18 +1,29 @@
-"""A run folder of figures that another tool made: tables, page and digests as of any run, and no records."""
+"""What imports and exports share: run folders of another tool's figures, files for other tools, their tables."""
 
+import csv
+import hashlib
+import io
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
-from robustbench_diffaug.files import sha256
+from robustbench_diffaug.component import suggest
+from robustbench_diffaug.evaluators.base import Evaluator
+from robustbench_diffaug.files import atomic, sha256
+from robustbench_diffaug.recorded import Recorded
 from robustbench_diffaug.report import tables
 from robustbench_diffaug.runs import Finished, put, rendered
+from robustbench_diffaug.suite import Bench, Suite
 
-__all__ = ["claim", "free", "write"]
+__all__ = ["PARAMETERS", "bench_of", "claim", "export", "free", "rows", "text", "write"]
+
+E = TypeVar("E", bound=Evaluator)
+
+PARAMETERS = "parameters.json"
 
 FILES = ("manifest.json", "metrics.csv", "metrics.parquet", "leaderboard.csv", "index.html")
 NOTICE = "imported: no records, no intervals; the figures are the source's and cannot be computed again"
@@ -51,6 +62,96 @@ def free(path: Path, files: Collection[Path]) -> None:
     other = [file for file in path.rglob("*") if not file.is_dir() and file not in files]
     if other:
         raise ValueError(f"{path} holds other files, such as {other[0].name}; give another folder with --output")
+
+
+def bench_of(root: Path, suite: Suite, kind: type[E], name: str) -> tuple[Bench, E]:
+    """The bench of a kind of evaluator that is meant, and the evaluator.
+
+    Arguments:
+        root: The run folder, for messages.
+        suite: Its suite.
+        kind: Of the evaluator.
+        name: Of the bench; empty where only one is of that kind.
+
+    Raises:
+        ValueError: If there is none, or several and none is named.
+    """
+    word = kind.model_fields["kind"].default
+    found = {bench.name: (bench, bench.evaluator) for bench in suite.benches if isinstance(bench.evaluator, kind)}
+    if not found:
+        raise ValueError(f"{root} has no bench of kind {word}, and nothing else can be exported so")
+    if name and name not in found:
+        raise ValueError(f"{root} has no bench of kind {word} called {name!r}{suggest(name, list(found))}")
+    if not name and len(found) > 1:
+        raise ValueError(f"{root} has several benches of kind {word}; name one with --bench: {', '.join(found)}")
+    return found[name or next(iter(found))]
+
+
+def export(path: Path, contents: Mapping[Path, bytes], run: Recorded, bench: str, about: Mapping[str, Any]) -> None:
+    """Writes the files of an export, and beside them in parameters.json how they were made.
+
+    Arguments:
+        path: The folder: not there, empty, or with an earlier export of the same files.
+        contents: The files and their bytes.
+        run: The run that they are of.
+        bench: Its bench.
+        about: More of the parameters.
+
+    Raises:
+        ValueError: If the folder holds other files; nothing is written then.
+    """
+    listing = run.root / "digests.txt"
+    parameters = {
+        "suite": run.manifest.get("suite"),
+        "bench": bench,
+        **about,
+        "settings": list(run.given),
+        "digest": sha256(listing) if listing.is_file() else "",
+        "files": {
+            file.relative_to(path).as_posix(): hashlib.sha256(content).hexdigest() for file, content in contents.items()
+        },
+    }
+    last = {path / PARAMETERS: json.dumps(parameters, indent=1, ensure_ascii=False).encode() + b"\n"}
+    written = {**contents, **last}
+    free(path, written)
+    for file, content in written.items():
+        with atomic(file) as opened:
+            opened.write(content)
+
+
+def text(path: Path, largest: int, what: str, give: str) -> str:
+    """A text file of another tool.
+
+    Arguments:
+        path: The file.
+        largest: The most bytes that are read.
+        what: What it should be, for messages, as 'a file of certificates'.
+        give: What to give where it is not there.
+
+    Raises:
+        ValueError: If it is not there, too large, or no UTF-8.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; give {give}")
+    if (size := path.stat().st_size) > largest:
+        raise ValueError(f"{path} has {size:,} bytes, too many for {what}; give the right one")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text file: byte {error.start} is not UTF-8") from error
+
+
+def rows(path: Path, found: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of the CSV text of a file that are not empty, with the numbers of their lines.
+
+    Raises:
+        ValueError: If it is no CSV; the line is named.
+    """
+    reader = csv.reader(io.StringIO(found, newline=""), strict=True)
+    try:
+        yield from ((reader.line_num, row) for row in reader if row)
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: no CSV: {error}") from error
 
 
 def write(

@@ -6,9 +6,7 @@ References:
 """
 
 import csv
-import hashlib
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,22 +15,18 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from robustbench_diffaug.component import suggest
 from robustbench_diffaug.detection.curves import figures
 from robustbench_diffaug.engine import cells
 from robustbench_diffaug.evaluators.ood import Ood
 from robustbench_diffaug.evaluators.ood_scored import TESTED, scored
 from robustbench_diffaug.exchange import folder
 from robustbench_diffaug.exchange.openood_files import COLUMNS, MEANS, TABLES, named
-from robustbench_diffaug.files import apart, atomic, sha256
+from robustbench_diffaug.files import apart
 from robustbench_diffaug.recorded import Archive, open_run
 from robustbench_diffaug.records import Records
 from robustbench_diffaug.store import Cell
-from robustbench_diffaug.suite import Bench, Suite
 
 __all__ = ["export_run"]
-
-PARAMETERS = "parameters.json"
 
 
 class Part(NamedTuple):
@@ -79,7 +73,7 @@ def export_run(
     """
     apart(root, path)
     found = open_run(root, trust=trust, settings=settings)
-    chosen, evaluator = _bench(root, found.suite, bench)
+    chosen, evaluator = folder.bench_of(root, found.suite, Ood, bench)
     (bare,) = (other for other in found.bare.benches if other.name == chosen.name)
     columns = zip(*(row for _, row in cells(found.bare, bare)), strict=True)
     for part in bare.parts():
@@ -89,40 +83,9 @@ def export_run(
     contents: dict[Path, bytes] = {}
     for column in columns:
         contents |= {path / file: content for file, content in _files(found.archive, column, evaluator)}
-    listing = root / "digests.txt"
-    about = {
-        "suite": found.manifest.get("suite"),
-        "bench": chosen.name,
-        "scores": list(evaluator.scores),
-        "settings": list(found.given),
-        "datasets": {part.name: part.group for part in bare.parts()},
-        "digest": sha256(listing) if listing.is_file() else "",
-        "files": {file.relative_to(path).as_posix(): _sha256(content) for file, content in contents.items()},
-    }
-    written = {**contents, path / PARAMETERS: json.dumps(about, indent=1, ensure_ascii=False).encode() + b"\n"}
-    folder.free(path, written)
-    for file, content in written.items():
-        with atomic(file) as opened:
-            opened.write(content)
+    about = {"scores": list(evaluator.scores), "datasets": {part.name: part.group for part in bare.parts()}}
+    folder.export(path, contents, found, chosen.name, about)
     return [file for file in contents if file.suffix == ".csv"]
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _bench(root: Path, suite: Suite, name: str) -> tuple[Bench, Ood]:
-    """The bench of detection that is meant, and its evaluator."""
-    found = {bench.name: (bench, bench.evaluator) for bench in suite.benches if isinstance(bench.evaluator, Ood)}
-    if not found:
-        raise ValueError(f"{root} has no bench of kind ood, and nothing else has such scores")
-    if name and name not in found:
-        raise ValueError(f"{root} has no bench of kind ood called {name!r}{suggest(name, list(found))}")
-    if not name and len(found) > 1:
-        raise ValueError(f"{root} has several benches of kind ood; name one with --bench: {', '.join(found)}")
-    bench, evaluator = found[name or next(iter(found))]
-    assert isinstance(evaluator, Ood)
-    return bench, evaluator
 
 
 def _files(archive: Archive, column: Sequence[Cell], evaluator: Ood) -> Iterator[tuple[Path, bytes]]:

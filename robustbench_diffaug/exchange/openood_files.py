@@ -10,7 +10,6 @@ References:
         https://arxiv.org/abs/2306.09301; code: https://github.com/Jingkang50/OpenOOD
 """
 
-import csv
 import io
 import re
 import zipfile
@@ -23,6 +22,7 @@ from urllib.parse import unquote
 import numpy as np
 from numpy.typing import NDArray
 
+from robustbench_diffaug.exchange import folder
 from robustbench_diffaug.report import tables
 
 __all__ = ["COLUMNS", "MEANS", "NAMES", "TABLES", "Line", "Scored", "Table", "named", "read_scores", "read_table"]
@@ -99,7 +99,8 @@ def read_table(path: Path) -> Table:
     Raises:
         ValueError: If it is none; one line with file and line number.
     """
-    rows = _rows(path)
+    content = folder.text(path, LARGEST, "a table of OpenOOD's", "OpenOOD's ood.csv, or the folder that it is in")
+    rows = list(folder.rows(path, content))
     line, head = rows[0] if rows else (1, [])
     if head[:1] not in (["dataset"], [""]) or tuple(head[1:]) != COLUMNS:
         raise ValueError(f"{path}:{line}: no header of OpenOOD's, dataset,{','.join(COLUMNS)}")
@@ -126,23 +127,6 @@ def read_table(path: Path) -> Table:
     if not lines:
         raise ValueError(f"{path} has no row of a dataset")
     return Table(lines, roles)
-
-
-def _rows(path: Path) -> list[tuple[int, list[str]]]:
-    """The rows of a CSV file that are not empty, with the numbers of their lines."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; give OpenOOD's ood.csv, or the folder that it is in")
-    if (size := path.stat().st_size) > LARGEST:
-        raise ValueError(f"{path} has {size:,} bytes, too many for a table of OpenOOD's; give the right one")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file: byte {error.start} is not UTF-8") from error
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        return [(reader.line_num, row) for row in reader if row]
-    except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: no CSV: {error}") from error
 
 
 def named(place: object, name: str) -> None:

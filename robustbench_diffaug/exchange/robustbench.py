@@ -9,8 +9,6 @@ References:
         https://arxiv.org/abs/2010.09670
 """
 
-import csv
-import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +80,8 @@ def read(path: Path) -> Results:
     Raises:
         ValueError: If it is no such file; the message names the line.
     """
-    rows = list(_rows(path))
+    what, give = "a file of RobustBench's", "the path of RobustBench's unaggregated_results.csv"
+    rows = list(folder.rows(path, folder.text(path, LARGEST, what, give)))
     if len(rows) < 3:
         raise ValueError(
             f"{path}: needed are two rows of headers, corruptions and severities, and a row for each model"
@@ -101,23 +100,6 @@ def read(path: Path) -> Results:
             value = _accuracy(f"{place}: {name}, {corruption}@s{severity}", text)
             found.setdefault(corruption, {})[severity] = value
     return Results(models)
-
-
-def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a CSV file that are not empty, with the numbers of their lines."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; give the path of RobustBench's unaggregated_results.csv")
-    if (size := path.stat().st_size) > LARGEST:
-        raise ValueError(f"{path} has {size:,} bytes, too many for a file of RobustBench's; give the right one")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file: byte {error.start} is not UTF-8") from error
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        yield from ((reader.line_num, row) for row in reader if row)
-    except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: no CSV: {error}") from error
 
 
 def _columns(path: Path, first: tuple[int, list[str]], second: tuple[int, list[str]]) -> tuple[tuple[str, int], ...]:

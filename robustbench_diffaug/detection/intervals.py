@@ -210,6 +210,7 @@ class Replicates:
 
     Arguments:
         value: The combination.
+        span: Its least and largest possible values, from the signs of its coefficients.
         draws: Its values, of shape (resamples,).
         shift: By how much the figures, being the least of many, are expected to be too low.
         reach: What it might be where no resample differs.
@@ -220,6 +221,7 @@ class Replicates:
     """
 
     value: float
+    span: tuple[float, float]
     draws: Floats
     shift: float
     reach: tuple[float, float]
@@ -236,6 +238,7 @@ class Replicates:
         _check_paired(self.outside, other.outside)
         return Replicates(
             self.value + other.value,
+            (self.span[0] + other.span[0], self.span[1] + other.span[1]),
             self.draws + other.draws,
             self.shift + other.shift,
             (self.reach[0] + other.reach[0], self.reach[1] + other.reach[1]),
@@ -246,8 +249,9 @@ class Replicates:
         )
 
     def __mul__(self, factor: float | int) -> "Replicates":
+        first, last = sorted(factor * limit for limit in self.span)
         low, high = sorted(factor * limit for limit in self.reach)
-        scaled = factor * self.value, factor * self.draws, factor * self.shift, (low, high)
+        scaled = factor * self.value, (first, last), factor * self.draws, factor * self.shift, (low, high)
         return Replicates(*scaled, self.inside, self.outside, self.key, self.level)
 
     def __sub__(self, other: "Replicates") -> "Replicates":
@@ -255,6 +259,8 @@ class Replicates:
 
     def estimate(self) -> Estimate:
         """The value with its percentile interval, order statistics k and R + 1 - k, k = floor((R + 1) (1 - level) / 2).
+
+        A shift is added where it widens, and the interval cut to the span.
 
         Where no resample differs it is what the figures would be if the images that were not seen, at most a share
         `unseen` of each sample, lay where they help most, or harm most.
@@ -264,10 +270,11 @@ class Replicates:
         low, high = float(ordered[rank - 1]), float(ordered[-rank])
         if ordered[-1] - ordered[0] <= NOTHING:
             low, high = self.reach
-        low, high = low + min(0.0, self.shift), high + max(0.0, self.shift)
-        return Estimate(
-            self.value, min(low, self.value), max(high, self.value), self.inside + sum(self.outside.values())
-        )
+        # The sample's own threshold may be worse than chance on a resample, and the shift comes on top of that.
+        low = max(self.span[0], low + min(0.0, self.shift))
+        high = min(self.span[1], high + max(0.0, self.shift))
+        size = self.inside + sum(self.outside.values())
+        return Estimate(self.value, min(low, self.value), max(high, self.value), size)
 
 
 def replicates(
@@ -318,7 +325,9 @@ def replicates(
     values, (*columns, fixed) = [float(value[0]) for value in read(*whole)], np.concatenate(blocks, axis=1)
     shifts = [0.0] * (len(values) - 1) + [max(0.0, values[-1] - float(columns[-1].mean()))]
     reach = _reach(*whole, *(unseen(images, (1 + level) / 2) for images in (count, size)))
-    parts = zip(values, [*columns[:-1], fixed], shifts, reach, strict=True)
+    # Chance is the largest detection error: every threshold beyond the scores has it.
+    spans = [(0.0, 1.0)] * (len(values) - 1) + [(0.0, 0.5)]
+    parts = zip(values, spans, [*columns[:-1], fixed], shifts, reach, strict=True)
     found = [Replicates(*part, count, {name: size}, key, level) for part in parts]
     return dict(zip(Figures._fields, found, strict=True))
 

@@ -13,7 +13,7 @@ import torch
 from robustbench_diffaug.batch import Batch, Columns, Limits, View
 from robustbench_diffaug.checkpoints.model import Model
 from robustbench_diffaug.data.base import BadImage, Dataset, undecodable
-from robustbench_diffaug.evaluators.base import Evaluator, Forwards
+from robustbench_diffaug.evaluators.base import Evaluator, Passes
 from robustbench_diffaug.files import Missing
 from robustbench_diffaug.records import to_table
 from robustbench_diffaug.store import Cell, Store, of_nothing, with_skipped
@@ -36,19 +36,9 @@ class Task:
     limits: Limits
 
     @property
-    def denoised(self) -> int:
-        """Images that the denoiser will make."""
-        return len(self.rows) * self.evaluator.forwards().denoiser
-
-    @property
-    def derived(self) -> int:
-        """Images of which the denoiser's gradient will be taken."""
-        return len(self.rows) * self.evaluator.forwards().backward
-
-    @property
-    def shown(self) -> int:
-        """Images that checkpoints will see, together."""
-        return len(self.rows) * self.evaluator.forwards().classifier * len(self.cells)
+    def passes(self) -> Passes:
+        """What the networks will do."""
+        return self.evaluator.forwards().of(len(self.rows), len(self.cells))
 
 
 @dataclass(frozen=True)
@@ -233,7 +223,7 @@ def reason(error: Exception) -> str:
     return text if type(error) in (ValueError, Missing) else f"{type(error).__name__}: {text}"
 
 
-def total(tasks: Iterable[Task]) -> Forwards:
-    """The forwards of the denoiser and of the classifiers, and the denoiser's backwards, of some tasks together."""
-    counts = [(task.denoised, task.shown, task.derived) for task in tasks]
-    return Forwards(*map(sum, zip(*counts, strict=True))) if counts else Forwards(0, 0)
+def total(tasks: Iterable[Task]) -> Passes:
+    """The passes of some tasks together."""
+    counts = [task.passes for task in tasks]
+    return Passes(*map(sum, zip(*counts, strict=True))) if counts else Passes(0, 0, 0)

@@ -142,8 +142,8 @@ def _by_checkpoint(suite: Suite, bench: Bench) -> Iterable[tuple[Checkpoint, tup
 
 
 def _forwards(bench: Bench, samples: int) -> list[Metric]:
-    """What the records rest on: passes through the denoiser, shared by all checkpoints, and through the classifier."""
-    each = bench.evaluator.forwards()
+    """What the records of a checkpoint rest on: passes through the denoiser, shared ones too, and through itself."""
+    each = bench.evaluator.forwards().of(1, 1)
     counts = {"forwards/denoiser": each.denoiser, "forwards/classifier": each.classifier}
     counts |= {"backwards/denoiser": each.backward} if each.backward else {}
     return [

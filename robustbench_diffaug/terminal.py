@@ -19,7 +19,7 @@ from rich.progress import (
 
 from robustbench_diffaug import probe, reading
 from robustbench_diffaug.engine import Outcome, Task, settle, total
-from robustbench_diffaug.evaluators.base import Forwards
+from robustbench_diffaug.evaluators.base import Passes
 from robustbench_diffaug.evaluators.smoothing import Smoothing
 from robustbench_diffaug.runs import Finished, Options
 from robustbench_diffaug.suite import Suite
@@ -72,10 +72,11 @@ class Shown:
 
 
 def _work(task: Task) -> float:
-    return task.denoised + BACKWARD * task.derived + task.shown / VIEWS
+    passes = task.passes
+    return passes.denoiser + BACKWARD * passes.backward + passes.classifier / VIEWS
 
 
-def counted(passes: Forwards) -> str:
+def counted(passes: Passes) -> str:
     """Passes through networks, in words."""
     backwards = f" and {passes.backward:,} backwards" if passes.backward else ""
     return f"{passes.denoiser:,} denoiser forwards{backwards} and {passes.classifier:,} classifier forwards"
@@ -206,11 +207,12 @@ def plan(suite: Suite, tasks: Sequence[Task], options: Options, probing: bool = 
         parts, chosen = bench.parts(), bench.chosen(suite.checkpoints)
         rows = sum(len(dataset.rows()) for dataset in parts) * len(chosen)
         left = sum(len(task.rows) * len(task.cells) for task in mine)
-        passes = total(mine)
+        passes, each = total(mine), bench.evaluator.forwards()
         counts = f"{len(parts)} datasets x {len(chosen)} checkpoints"
         yield f"bench {bench.name}: {counts} = {len(parts) * len(chosen)} cells"
-        yield f"  {rows - left:,} of {rows:,} samples are there; left: {passes.denoiser:,} denoiser forwards (shared)"
-        backwards = f"{passes.backward:,} denoiser backwards (shared) and " if passes.backward else ""
+        how = f"{each.denoiser} a sample shared, {each.own} of each checkpoint" if each.own else "shared"
+        yield f"  {rows - left:,} of {rows:,} samples are there; left: {passes.denoiser:,} denoiser forwards ({how})"
+        backwards = f"{passes.backward:,} denoiser backwards and " if passes.backward else ""
         yield f"  and {backwards}{passes.classifier:,} classifier forwards"
         if isinstance(bench.evaluator, Smoothing):
             for sigma in bench.evaluator.sigmas:

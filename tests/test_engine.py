@@ -121,7 +121,7 @@ def test_files_hold_no_more_than_some_seconds_of_work(tmp_path: Path) -> None:
     bench = Bench(name="b", evaluator=big, datasets=(Mixture(size=5),))
     tasks = list(plan(Suite(name="s", checkpoints=(network("x"),), benches=(bench,)), Store(tmp_path), Limits()))
     assert [len(task.rows) for task in tasks] == [1] * 5
-    assert [(task.denoised, task.shown) for task in tasks] == [(0, 200_200)] * 5
+    assert [task.passes for task in tasks] == [(0, 200_200, 0)] * 5
 
 
 class Nan(Checkpoint):
@@ -274,9 +274,9 @@ def test_costs_say_what_each_view_took(tmp_path: Path) -> None:
 def test_backward_passes_are_counted(tmp_path: Path) -> None:
     class Both(Smoothing):
         def forwards(self) -> Forwards:
-            return Forwards(50, 3, 40)
+            return Forwards(50, 3, 40, own=2, own_backward=1)
 
     bench = Bench(name="b", evaluator=Both(), datasets=(Mixture(size=10),))
     suite = Suite(name="s", checkpoints=(network("x"), network("y")), benches=(bench,))
-    assert total(plan(suite, Store(tmp_path), Limits())) == Forwards(500, 60, 400)
-    assert total([]) == Forwards(0, 0, 0)
+    assert total(plan(suite, Store(tmp_path), Limits())) == (500 + 2 * 20, 60, 400 + 20)
+    assert total([]) == (0, 0, 0)

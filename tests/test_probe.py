@@ -19,7 +19,7 @@ from robustbench_diffaug.data.synthetic import Mixture
 from robustbench_diffaug.diffusion.adaptation import Adaptation
 from robustbench_diffaug.diffusion.base import Denoise, Denoiser, Posterior, Schedule, Sigma
 from robustbench_diffaug.engine import Task, plan, run
-from robustbench_diffaug.evaluators.base import Evaluator, Forwards
+from robustbench_diffaug.evaluators.base import Evaluator, Forwards, Passes
 from robustbench_diffaug.evaluators.shift import Shift
 from robustbench_diffaug.evaluators.smoothing import Smoothing
 from robustbench_diffaug.store import Store
@@ -274,8 +274,8 @@ def test_what_is_said() -> None:
     assert terminal.estimated(shared) == (
         "about 32 s (shift 30 s), 1.0 GB in each of 2 processes, which are taken not to slow each other; probed in 1 s"
     )
-    assert terminal.counted(Forwards(1200, 34)) == "1,200 denoiser forwards and 34 classifier forwards"
-    assert terminal.counted(Forwards(50, 3, 50)) == ("50 denoiser forwards and 50 backwards and 3 classifier forwards")
+    assert terminal.counted(Passes(1200, 34, 0)) == "1,200 denoiser forwards and 34 classifier forwards"
+    assert terminal.counted(Passes(50, 3, 50)) == ("50 denoiser forwards and 50 backwards and 3 classifier forwards")
 
 
 def test_a_network_that_cannot_be_loaded_costs_nothing(tmp_path: Path) -> None:

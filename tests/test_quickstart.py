@@ -1,4 +1,4 @@
-"""The main job as a new user runs it: `rdiff run quickstart`, and what its figures say."""
+"""The main job as a new user runs it: `rdiff run quickstart`, and what its figures say; on fewer images without --full."""
 
 import hashlib
 import os
@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 Figures: TypeAlias = dict[tuple[str, str, str], dict[Any, Any]]
+FEW = ("--limit", "64", "--set", "benches.certify.datasets.0.limit=12")
 PAIRS = [("resnet-standard", "resnet-standard+diffaug"), ("vit-standard", "vit-standard+diffaug")]
 
 
@@ -33,9 +34,14 @@ def rdiff(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def command(full: bool) -> tuple[str, ...]:
+    return ("run", "quickstart", *(() if full else FEW))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, command: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
     folder = tmp_path_factory.mktemp("home")
-    done = rdiff("run", "quickstart", folder=folder)
+    done = rdiff(*command, folder=folder)
     assert done.returncode == 0, done.stderr
     yield folder, done.stdout
 
@@ -67,11 +73,11 @@ class TestQuickstart:
         for _, diffaug in PAIRS:
             assert figures[(diffaug, "de/gain/mean-noise", "noise")]["low"] > 0
 
-    def test_a_second_run_computes_nothing(self, finished: tuple[Path, str]) -> None:
+    def test_a_second_run_computes_nothing(self, finished: tuple[Path, str], command: tuple[str, ...]) -> None:
         root = finished[0] / "reports/quickstart"
         before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in root.rglob("*") if path.is_file()}
         started = time.monotonic()
-        done = rdiff("run", "quickstart", folder=finished[0])
+        done = rdiff(*command, folder=finished[0])
         assert done.returncode == 0
         assert "nothing was left to do" in done.stderr
         assert time.monotonic() - started < 60  # 10 s on a free machine; the claim is measured elsewhere

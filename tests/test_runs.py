@@ -264,7 +264,7 @@ def test_backwards_are_a_metric_where_there_are_any(
         return set(zip(rows["metric"], rows["value"], rows["n"], strict=True))
 
     assert {name for name, _, _ in counts()} == {"forwards/denoiser"}
-    monkeypatch.setattr(Shift, "forwards", lambda self: Forwards(50, 3, 40))
+    monkeypatch.setattr(Shift, "forwards", lambda self: Forwards(20, 3, 15, own=30, own_backward=25))
     ((n, denoised), (m, derived)) = sorted((n, (name, value)) for name, value, n in counts())
     assert n == m
     assert {denoised, derived} == {("forwards/denoiser", 50.0 * n), ("backwards/denoiser", 40.0 * n)}

@@ -23,12 +23,38 @@ class Forwards(NamedTuple):
     Arguments:
         denoiser: Made once, whatever the number of checkpoints.
         classifier: Of each checkpoint.
-        backward: Backward passes through the denoiser, shared as its forwards are.
+        backward: Backward passes through the denoiser, made once.
+        own: Forwards of the denoiser that each checkpoint makes anew.
+        own_backward: Backward passes through the denoiser of each checkpoint.
     """
 
     denoiser: int
     classifier: int
     backward: int = 0
+    own: int = 0
+    own_backward: int = 0
+
+    def of(self, samples: int, checkpoints: int) -> "Passes":
+        """All passes of some samples."""
+        return Passes(
+            samples * (self.denoiser + self.own * checkpoints),
+            samples * self.classifier * checkpoints,
+            samples * (self.backward + self.own_backward * checkpoints),
+        )
+
+
+class Passes(NamedTuple):
+    """Passes through networks, of all samples and checkpoints together.
+
+    Arguments:
+        denoiser: Forwards.
+        classifier: Forwards.
+        backward: Backward passes through the denoiser.
+    """
+
+    denoiser: int
+    classifier: int
+    backward: int
 
 
 class Evaluator(Component, ABC):

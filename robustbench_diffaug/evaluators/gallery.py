@@ -103,7 +103,7 @@ class Gallery(Evaluator):
         steps = self.dda.N if "adaptation" in self.panels else 0
         own = {"times": len(self.times), "solvers": 3, "adaptation": steps}
         mixed = sum(1 if share in (0, 1) else 2 for share in self.mixing) if "mixing" in self.panels else 0
-        return Forwards(mixed, max(1, sum(own.get(panel, 0) for panel in self.panels)), steps)
+        return Forwards(mixed, max(1, sum(own.get(panel, 0) for panel in self.panels)), own_backward=steps)
 
     def views(self, batch: Batch) -> Iterator[View]:
         """The images; their noisy versions of each panel; and those that the mixed scores denoise."""

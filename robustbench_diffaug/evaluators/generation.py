@@ -163,7 +163,7 @@ class Generation(Evaluator):
         Not counted are two looks at what was made. A guide that sees no denoised image saves the denoiser's way back.
         """
         passes = self.steps * len(self.scales)
-        return Forwards(passes, passes, passes)
+        return Forwards(0, passes, own=passes, own_backward=passes)
 
     def observe(self, model: Model, view: View, batch: Batch) -> Columns:
         """What the feature network and the judge make of images that the checkpoint led to, or of real ones."""

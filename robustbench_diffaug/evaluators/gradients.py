@@ -150,21 +150,21 @@ class Gradients(Evaluator):
         return self.draws if t else 1
 
     def forwards(self) -> Forwards:
-        """What one plain checkpoint costs: the views and the looks at them, steps, and backward passes through D.
+        """The views, and of a plain checkpoint its looks at them, steps, and backward passes through D.
 
         A look through D denoises again, with a graph, which each checkpoint does for itself; so does each step.
         """
         looks, judged = self._looks(), self.judge_times if self.judge else ()
-        denoised, seen, back = sum(self._draws(t) for t in self.times if t), 0, 0
+        views, seen, own, back = sum(self._draws(t) for t in self.times if t), 0, 0, 0
         for t, through in looks:
             draws, steps = self._draws(t), self.steps if t in judged else 0
             seen += draws * (1 + steps)
             if through == "chain":
-                denoised += draws * (1 + 2 * steps)
+                own += draws * (1 + 2 * steps)
                 back += draws * (1 + (self.probes or 1) + steps)
             elif through == "image" and t and steps:
-                denoised += draws
-        return Forwards(denoised, seen, back)
+                own += draws
+        return Forwards(views, seen, own=own, own_backward=back)
 
     def views(self, batch: Batch) -> Iterator[View]:
         """The images, and each one diffused to every time, beside its denoised twin."""

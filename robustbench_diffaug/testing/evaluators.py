@@ -175,7 +175,7 @@ def _check_forwards(evaluator: Evaluator, dataset: Dataset, network: Checkpoint)
     with torch.no_grad():
         for view in watched.views(batch):
             watched.observe(model, view, batch)
-    made, stated = sum(counter.images for counter in counters) - before, evaluator.forwards()
+    made, stated = sum(counter.images for counter in counters) - before, evaluator.forwards().of(1, 1)
     # What a denoiser is given to multiply with its Jacobian depends on the size of images.
     assert evaluator.needs == "denoiser" or sum(model.seen) == stated.classifier, (
         f"{evaluator.kind} shows a network {sum(model.seen)} images a sample, and forwards() says {stated.classifier}"

@@ -73,6 +73,7 @@ def main(run: Path) -> None:
         ]
         parts += [f"## {group} (Fig. 10)\n", table(["network", *radii, "acr", "abstain"], rows) + "\n"]
     parts += ["## DiffAug against the same network without it\n", differences(run, radii) + "\n"]
+    parts.append((Path(__file__).parent / "certify-reading.md").read_text())
     (Path(__file__).parent / "certify-results.md").write_text("\n".join(parts).rstrip() + "\n")
 
 

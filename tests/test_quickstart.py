@@ -1,4 +1,4 @@
-"""The main job as a new user runs it: `rdiff run quickstart`, and what its figures say; on fewer images without --full."""
+"""The main job as a new user runs it, `rdiff run quickstart`, and its figures; on fewer images without --full."""
 
 import hashlib
 import os

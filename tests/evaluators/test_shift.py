@@ -68,7 +68,7 @@ def test_without_time_zero_the_image_is_no_member() -> None:
     rows = observed(evaluator, a_batch())
     assert torch.equal(rows["t_entropy"], rows["de_entropy"])
     assert not torch.equal(rows["entropy"], rows["de_entropy"][:, 0])
-    assert evaluator.forwards() == (1, 2, 0)
+    assert evaluator.forwards().of(1, 1) == (1, 2, 0)
 
 
 def figures(hits: dict[str, list[int]], declared: tuple[Declared, ...]) -> dict[str, Metric]:
@@ -156,7 +156,7 @@ def test_adaptation_is_an_independent_loop_on_the_same_noise() -> None:
     """Ancestral steps by diffusers' scheduler, and the gradient of one image's norm at a time."""
     settings, denoiser, batch = Adaptation(N=4, respacing=20, variance="small"), MixtureDenoiser(), a_batch()
     evaluator = Shift(modes=("default", "dda", "dda-se"), denoiser=denoiser, dda=settings)
-    assert evaluator.forwards() == (4, 2, 4)
+    assert evaluator.forwards().of(1, 1) == (4, 2, 4)
     rows = observed(evaluator, batch)
     model = Bayes(id="b", classes=4, temperature=0.0016).loaded(batch.limits)
     denoise, times = denoiser.loaded(batch.limits), [round(i * 999 / 19) for i in range(20)]
@@ -247,7 +247,7 @@ def test_conditional_and_second_order_denoising() -> None:
     """With mixing the class is the label; the solver's step is `samplers.dpm_solver_2` of the bare denoiser."""
     batch, denoiser = a_batch(), MixtureDenoiser()
     second = Shift(modes=("de",), denoiser=denoiser, times=(0, 200), sampler="dpm-solver-2")
-    assert second.forwards() == (2, 2, 0)
+    assert second.forwards().of(1, 1) == (2, 2, 0)
     views = {view.name: view.images[:, 0] for view in second.views(batch)}
     (noise,) = batch.noise("shift/t=200", range(1))
     sigma = denoiser.sigma(200)
@@ -255,7 +255,7 @@ def test_conditional_and_second_order_denoising() -> None:
     noisy = batch.images[:, None] + sigma * noise
     expected = dpm_solver_2(bare, noisy, sigma, denoiser.level(1e-3))[:, 0].clamp(0, 1)
     assert torch.equal(views["t=200"], expected)
-    assert Shift(modes=("de",), denoiser=denoiser, times=(200,), mixing=0.3).forwards() == (2, 2, 0)
+    assert Shift(modes=("de",), denoiser=denoiser, times=(200,), mixing=0.3).forwards().of(1, 1) == (2, 2, 0)
 
 
 ALL = [(corruption, severity) for corruption in COMMON for severity in range(1, 6)]

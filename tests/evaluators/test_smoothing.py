@@ -131,8 +131,8 @@ def test_level_is_the_schedules_and_the_certificate_is_nominal() -> None:
     evaluator = Smoothing(sigmas=(0.25,), denoiser=MixtureDenoiser(), n0=4, n=16)
     assert evaluator.level(0.25) == pytest.approx(0.2516, abs=1e-4)
     assert evaluator.level(0.25) >= 0.25
-    assert evaluator.forwards() == (20, 20, 0)
-    assert Smoothing(sigmas=(0.25,), n0=4, n=16).forwards() == (0, 20, 0)
+    assert evaluator.forwards().of(1, 1) == (20, 20, 0)
+    assert Smoothing(sigmas=(0.25,), n0=4, n=16).forwards().of(1, 1) == (0, 20, 0)
 
 
 def records(select: list[list[int]], estimate: list[list[int]], labels: list[int]) -> Records:
@@ -305,7 +305,7 @@ def test_times_of_several_steps() -> None:
     assert noise.time(0.25) == 145
     assert evaluator.path(0.25) == tuple(noise.sigma(t) for t in (145, 109, 73, 37))
     assert Smoothing(sigmas=(0.25,), denoiser=noise, steps=145).path(0.25)[-1] == noise.sigma(1)
-    assert evaluator.forwards() == (4 * 10_100, 10_100, 0)
+    assert evaluator.forwards().of(1, 1) == (4 * 10_100, 10_100, 0)
 
 
 def test_several_steps_follow_the_flow() -> None:

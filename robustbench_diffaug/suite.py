@@ -212,7 +212,13 @@ def check(loaded: Loaded) -> tuple[str, ...]:
 def _check_kinds(evaluator: Evaluator, checkpoints: Sequence[Checkpoint]) -> None:
     """Classifiers go to evaluators of classifiers, denoisers to those of denoisers."""
     for entry in checkpoints:
-        found = "classifier" if entry.analysed() is None else "denoiser"
+        denoiser = entry.analysed()
+        if evaluator.unclamped and denoiser is not None and denoiser.clip:
+            raise ValueError(
+                f"the denoiser of checkpoint {entry.id} is clamped to [0, 1], which zeroes rows of its Jacobian; set "
+                "clip: false"
+            )
+        found = "classifier" if denoiser is None else "denoiser"
         if found != evaluator.needs:
             raise ValueError(
                 f"evaluator {evaluator.kind} analyses a {evaluator.needs}, and checkpoint {entry.id} is a {found}; "

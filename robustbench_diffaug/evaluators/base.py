@@ -67,6 +67,8 @@ class Evaluator(Component, ABC):
     family: ClassVar[str] = "robustbench_diffaug.evaluators"
     needs: ClassVar[Literal["classifier", "denoiser"]] = "classifier"
     """What it analyses: checkpoints that classify, or those of kind `denoiser`."""
+    unclamped: ClassVar[bool] = False
+    """Whether the denoisers that it analyses must not clamp their output, which would zero rows of a Jacobian."""
     heavy: ClassVar[tuple[str, ...]] = ()
     """Columns that are too large to be held: `metrics` reads them by `Records.chunks`."""
 

@@ -66,6 +66,7 @@ class Jacobian(Evaluator):
 
     kind: Literal["jacobian"] = "jacobian"
     needs: ClassVar[Literal["classifier", "denoiser"]] = "denoiser"
+    unclamped: ClassVar[bool] = True
     heavy: ClassVar[tuple[str, ...]] = ("tiles",)
     times: tuple[NonNegativeInt, ...] = Field((100, 200, 300, 400, 500, 600), min_length=1)
     schedule: Schedule = Schedule()

@@ -11,6 +11,7 @@ from robustbench_diffaug.diffusion.gaussian import MixtureDenoiser
 from robustbench_diffaug.evaluators.jacobian import FAMILIES, Jacobian
 from robustbench_diffaug.mixture import MixtureSpec
 from robustbench_diffaug.records import Records, from_table, to_table
+from robustbench_diffaug.suite import Bench, Loaded, Suite, check
 from robustbench_diffaug.testing import check_evaluator
 
 CHEAP = {"times": (100, 400), "vectors": 3, "oversampling": 2, "iterations": 1, "probes": 4, "steps": 2}
@@ -107,6 +108,15 @@ def test_a_clamped_denoiser_is_refused() -> None:
     (view, _) = evaluator.views(dark)
     with torch.no_grad(), pytest.raises(ValueError, match=r"exact clamps its estimate .* give it clip: false"):
         evaluator.observe(clamped.loaded(Limits()), view, dark)
+
+
+def test_a_suite_with_a_clamped_denoiser_is_refused_before_it_runs() -> None:
+    clamped = CHECKPOINT.model_copy(update={"denoiser": MixtureDenoiser(clip=True)})
+    bench = Bench(name="jacobian", evaluator=Jacobian(times=(300,)), datasets=(Mixture(size=2),))
+    places = {("checkpoint", "exact"): "s.yaml:3", ("bench", "jacobian"): "s.yaml:9", ("bench", "jacobian/0"): "s.yaml:12"}
+    with pytest.raises(ValueError, match=r"s.yaml:9: the denoiser of checkpoint exact is clamped .* set clip: false"):
+        check(Loaded(Suite(name="s", checkpoints=(clamped,), benches=(bench,)), places))
+    assert not check(Loaded(Suite(name="s", checkpoints=(CHECKPOINT,), benches=(bench,)), places))
 
 
 def test_settings_that_do_not_fit() -> None:

@@ -113,7 +113,11 @@ def test_a_clamped_denoiser_is_refused() -> None:
 def test_a_suite_with_a_clamped_denoiser_is_refused_before_it_runs() -> None:
     clamped = CHECKPOINT.model_copy(update={"denoiser": MixtureDenoiser(clip=True)})
     bench = Bench(name="jacobian", evaluator=Jacobian(times=(300,)), datasets=(Mixture(size=2),))
-    places = {("checkpoint", "exact"): "s.yaml:3", ("bench", "jacobian"): "s.yaml:9", ("bench", "jacobian/0"): "s.yaml:12"}
+    places = {
+        ("checkpoint", "exact"): "s.yaml:3",
+        ("bench", "jacobian"): "s.yaml:9",
+        ("bench", "jacobian/0"): "s.yaml:12",
+    }
     with pytest.raises(ValueError, match=r"s.yaml:9: the denoiser of checkpoint exact is clamped .* set clip: false"):
         check(Loaded(Suite(name="s", checkpoints=(clamped,), benches=(bench,)), places))
     assert not check(Loaded(Suite(name="s", checkpoints=(CHECKPOINT,), benches=(bench,)), places))

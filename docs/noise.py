@@ -2,7 +2,7 @@
 
 Run `rdiff run analyses -o reports/analyses`, then `python docs/noise.py reports/analyses`.
 
-docs/published-fig2.csv holds Figure 2 of "DiffAug: A Diffuse-and-Denoise Augmentation for Training Robust Classifiers"
+reports/published/diffaug-figure2.yaml holds Figure 2 of "DiffAug: A Diffuse-and-Denoise Augmentation for Training Robust Classifiers"
 (Sastry, Dumpala and Oore, NeurIPS 2024), https://arxiv.org/abs/2306.09192, mean entropy in nats on the ImageNet test
 images: read off the vector paths of the figure on the authors' poster, to about 0.01; columns under the names that their
 counterparts have in the zoo.
@@ -19,6 +19,7 @@ from written import interval, table
 
 from robustbench_diffaug.diffusion.base import Schedule
 from robustbench_diffaug.paired import mcnemar
+from robustbench_diffaug.report import published as publications
 
 HERE = Path(__file__).parent
 SHOWN = (0, 100, 200, 300, 400, 450, 500, 550, 600, 700, 800, 900, 950)
@@ -113,7 +114,7 @@ def hits_of(run: Path, network: str) -> pd.Series:
 def main(run: Path) -> None:
     metrics = pd.read_csv(run / "metrics.csv")
     manifest = json.loads((run / "manifest.json").read_text())
-    published = pd.read_csv(HERE / "published-fig2.csv", index_col="t")
+    published = publications.table("diffaug-figure2").T.rename(index=int)
     entropy, noise = (Bench(metrics, name) for name in ("entropy", "noise"))
     gains = {entry["name"]: dict(entry["evaluator"].get("gains", ())) for entry in manifest["benches"]}
     counts = {entry["bench"]: entry["n"] for entry in manifest["datasets"]}

@@ -2,7 +2,7 @@
 
 Run `rdiff run ood -o reports/ood`, then `python docs/ood.py reports/ood`.
 
-docs/published-table3.csv holds Table 3 of "DiffAug: A Diffuse-and-Denoise Augmentation for Training Robust Classifiers"
+reports/published/diffaug-table3.yaml holds Table 3 of "DiffAug: A Diffuse-and-Denoise Augmentation for Training Robust Classifiers"
 (Sastry, Dumpala and Oore, NeurIPS 2024), https://arxiv.org/abs/2306.09192: AUROC in percent on OpenOOD v1.5's near-OOD
 sets for ImageNet, its rows under the names that their counterparts have in the zoo.
 """
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 from written import interval, table
+
+from robustbench_diffaug.report import published as publications
 
 HERE = Path(__file__).parent
 AVERAGED = ("ash", "msp", "react", "scale", "average")
@@ -104,7 +106,7 @@ def spread(bench: Bench, score: str) -> list[str]:
 def main(run: Path) -> None:
     metrics = pd.read_csv(run / "metrics.csv")
     manifest = json.loads((run / "manifest.json").read_text())
-    published = pd.read_csv(HERE / "published-table3.csv", index_col="classifier")
+    published = publications.table("diffaug-table3")
     parts = [
         "# Near-OOD detection by the zoo\n",
         f"Made by `rdiff run ood` and `docs/ood.py`; suite digest {manifest['suite']['digest']}, seed "

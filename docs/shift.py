@@ -2,7 +2,7 @@
 
 Run `rdiff run shift -o reports/shift`, then `python docs/shift.py reports/shift`.
 
-docs/published-table1.csv holds Table 1 of "DiffAug: A Diffuse-and-Denoise Augmentation for Training Robust Classifiers"
+reports/published/diffaug-table1.yaml holds Table 1 of "DiffAug: A Diffuse-and-Denoise Augmentation for Training Robust Classifiers"
 (Sastry, Dumpala and Oore, NeurIPS 2024), https://arxiv.org/abs/2306.09192: top-1 accuracy in percent on ImageNet-C at
 severity 5 and on the ImageNet validation set, its rows under the names that their counterparts have in the zoo.
 """
@@ -15,6 +15,8 @@ from pathlib import Path
 import pandas as pd
 from scipy.stats import spearmanr
 from written import interval, table
+
+from robustbench_diffaug.report import published as publications
 
 HERE = Path(__file__).parent
 MODES = {"dda": "DDA", "dda-se": "DDA-SE", "de": "DE", "default": "plain"}
@@ -44,7 +46,7 @@ def signs(values: pd.DataFrame, published: pd.DataFrame) -> list[list[str]]:
 def main(run: Path) -> None:
     metrics = pd.read_csv(run / "metrics.csv").set_index(["checkpoint", "metric"])
     manifest = json.loads((run / "manifest.json").read_text())
-    published = pd.read_csv(HERE / "published-table1.csv", index_col="classifier")
+    published = publications.table("diffaug-table1")
     names = list(dict.fromkeys(metrics.index.get_level_values(0)))
     columns = {f"{s}_{mode}": name_of(mode, metric) for s, metric in SETS.items() for mode in MODES}
     values = pd.DataFrame({c: [100 * metrics.loc[(n, m), "value"] for n in names] for c, m in columns.items()}, names)

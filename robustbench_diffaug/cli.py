@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robustbench_diffaug.flags import FILE, FORMATS, IMPORT_FLAGS, RUN_FLAGS, SUITE_FLAGS, flag, only
+from robustbench_diffaug import commands
+from robustbench_diffaug.flags import (
+    ALLOW_DOWNLOAD,
+    FILE,
+    FORMATS,
+    IMPORT_FLAGS,
+    RUN_FLAGS,
+    SUITE_FLAGS,
+    device_of,
+    flag,
+    only,
+    workers_of,
+)
 
 if TYPE_CHECKING:
     from robustbench_diffaug.runs import Options
@@ -18,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+LONGEST = 2000  # characters of an error
 TABLES = click.Choice(["imagenet-c", "cifar-c"])
 
 
@@ -55,7 +68,7 @@ def run(suite: str, quiet: bool, **flags: Any) -> int:
     if not done.computed and not done.failures:
         click.echo("nothing was left to do", err=True)
     _tell(done.failures)
-    click.echo(f"report  {done.root / 'index.html'}")
+    click.echo(done.partial or f"report  {done.root / 'index.html'}")
     click.echo(f"digest  {done.digest}")
     return 1 if done.failures else 0
 
@@ -98,29 +111,42 @@ def validate(suite: str, **flags: Any) -> int:
 
 
 @cli.command()
-@click.argument("runs", metavar="RUN", type=FILE, nargs=-1, required=True)
+@click.argument("runs", metavar="RUN...", type=FILE, nargs=-1, required=True)
 @flag("--output", "-o", type=FILE, help="Where the report goes; default: it replaces that of RUN.")
+@flag("--separate", is_flag=True, help="Shows apart what several runs must not share, such as other subsets.")
 @flag("--set", "settings", multiple=True, metavar="A.B=VALUE", help="As alpha or radii; the report names it.")
-@flag("--format", "formats", default="html,csv", help="Formats, with commas between: html, csv.")
+@flag("--format", "formats", default="html,csv", help="Formats, with commas between: html, csv, md, latex, json.")
+@flag("--layout", "layouts", multiple=True, metavar="NAME", help="A paper's table, as diffaug-table1; can be repeated.")
 @flag("--trust", is_flag=True, help="Lets the lock of RUN name code of yours, which then runs.")
 @flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
 def report(runs: tuple[Path, ...], output: Path | None, settings: tuple[str, ...], formats: str, **flags: Any) -> int:
-    """Computes metrics, leaderboard and page of the folder RUN again, from its records alone."""
+    """Computes metrics, leaderboard and page of the folder RUN again, from its records alone.
+
+    Several RUNs make one board, in a folder of its own.
+    """
     from robustbench_diffaug import runs as running
     from robustbench_diffaug import terminal
+    from robustbench_diffaug.boards import board
     from robustbench_diffaug.component import suggest
+    from robustbench_diffaug.report import layouts
 
-    if len(runs) > 1:
-        raise ValueError(f"one report of {len(runs)} runs cannot be made; give one RUN")
+    separate = flags["separate"]
+    if separate and len(runs) == 1:
+        raise ValueError("--separate is of several runs, and one is given")
     for word in formats.split(","):
-        if word not in running.FORMATS:
-            raise ValueError(f"--format {formats}: no format is called {word!r}{suggest(word, list(running.FORMATS))}")
+        if word not in running.ASKED:
+            raise ValueError(f"--format {formats}: no format is called {word!r}{suggest(word, list(running.ASKED))}")
+    asked = list(dict.fromkeys(map(layouts.named, flags["layouts"])))
     with terminal.figures():
-        done = running.report(runs[0], output, settings, formats.split(","), flags["trust"])
+        asking = settings, formats.split(","), flags["trust"], asked
+        joins = len(runs) > 1
+        done = board.report(runs, output, separate, *asking) if joins else running.report(runs[0], output, *asking)
     for line in terminal.board(done):
         click.echo(line)
     _tell(done.failures)
-    click.echo(f"report  {done.root / ('index.html' if 'html' in formats else 'metrics.csv')}")
+    click.echo(f"report  {done.root / running.ASKED['html' if 'html' in formats else formats.split(',')[0]]}")
+    for layout in asked:
+        click.echo(f"layout  {done.root / layout}.md, .tex, .csv")
     click.echo(f"digest  {done.digest}")
     return 1 if done.failures else 0
 
@@ -129,9 +155,11 @@ def report(runs: tuple[Path, ...], output: Path | None, settings: tuple[str, ...
 @click.argument("run", type=FILE)
 @flag("--recheck", metavar="SHARE", help="Evaluates such a share of the samples again, as 1%.")
 @flag("--seed", type=click.IntRange(0, 10**18 - 1), help="Chooses the samples; default: one that nobody can foresee.")
+@flag("--note", is_flag=True, help="Notes a recheck that has passed in RUN, for boards; its digests stay as they are.")
 @flag("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @flag("--data-dir", type=FILE, help="Where files of datasets are, if they are not where they were.")
 @flag("--trust", is_flag=True, help="Lets the lock of RUN name code of yours, which then runs.")
+@ALLOW_DOWNLOAD
 @flag("--quiet", "-q", is_flag=True, help="Shows no progress.")
 @flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
 def verify(run: Path, recheck: str | None, seed: int | None, quiet: bool, **flags: Any) -> int:
@@ -142,10 +170,13 @@ def verify(run: Path, recheck: str | None, seed: int | None, quiet: bool, **flag
     from robustbench_diffaug.verify.recheck import Again, share_of
 
     again, failed = None, 0
+    if flags["note"] and not recheck:
+        raise ValueError("--note notes a recheck; give --recheck too, such as --recheck 1%")
     if recheck:
         unforeseen = secrets.randbelow(10**12)  # samples that can be foreseen can be spared by a forger
-        again = Again(share_of(recheck), unforeseen if seed is None else seed, _device(flags["device"]))
-    for line, wrong in verdict.printed(verdict.checks(run, again, flags["trust"], flags["data_dir"], quiet)):
+        again = Again(share_of(recheck), unforeseen if seed is None else seed, device_of(flags["device"]))
+    checks = verdict.checks(run, again, flags["trust"], flags["data_dir"], quiet)
+    for line, wrong in verdict.printed(verdict.noted(run, again, checks) if again and flags["note"] else checks):
         failed += wrong
         click.echo(line)
     click.echo(f"{failed} check{'s' if failed > 1 else ''} failed" if failed else "nothing that was checked is wrong")
@@ -160,6 +191,7 @@ def verify(run: Path, recheck: str | None, seed: int | None, quiet: bool, **flag
 @flag("--data-dir", type=FILE, help="Where relative paths of datasets start.")
 @flag("--tensorboard", is_flag=True, help="Writes events for TensorBoard too.")
 @flag("--trust", is_flag=True, help="Lets the recipe name code of yours, which then runs.")
+@ALLOW_DOWNLOAD
 @flag("--quiet", "-q", is_flag=True, help="Shows no progress.")
 @flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
 def train(recipe: str, output: Path | None, device: str, quiet: bool, tensorboard: bool, **flags: Any) -> int:
@@ -175,7 +207,7 @@ def train(recipe: str, output: Path | None, device: str, quiet: bool, tensorboar
         path, trust=flags["trust"] or installed, data_dir=flags["data_dir"], settings=flags["settings"]
     )
     folder = output or Path("trained", found.name)
-    for line in terminal.train(found, folder, _device(device), quiet, tensorboard):
+    for line in terminal.train(found, folder, device_of(device), quiet, tensorboard):
         click.echo(line)
     return 0
 
@@ -220,18 +252,6 @@ def corrupt(dataset: Path, output: Path, quiet: bool, **flags: Any) -> int:
                 skipped += 1
                 console.print(f"skipped: {message}", markup=False, highlight=False, soft_wrap=True)
     click.echo(f"copy    {output}" + (f", without {skipped} images that cannot be decoded" if skipped else ""))
-    return 0
-
-
-@cli.command()
-@click.argument("what", type=click.Choice(["checkpoints", "denoisers", "datasets", "evaluators", "suites", "recipes"]))
-@flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error.")
-def ls(what: str, verbose: bool) -> int:
-    """Lists what is installed: kinds and where they come from, built-in suites, recipes and trained networks."""
-    from robustbench_diffaug import listing
-
-    for line in listing.lines(what):
-        click.echo(line)
     return 0
 
 
@@ -318,25 +338,18 @@ def _load(suite: str, flags: dict[str, Any]) -> "Loaded":
 def _options(loaded: "Loaded", flags: dict[str, Any]) -> "Options":
     from robustbench_diffaug.runs import Options
 
-    if flags["executor"] == "local" and flags["workers"] > 1:
-        raise ValueError("--executor local has one worker; use --executor processes")
     root = flags["output"] or Path("reports", loaded.suite.name)
-    workers = flags["workers"] if flags["executor"] != "processes" else max(2, flags["workers"])
-    where = _device(flags["device"])
-    return Options(root, where, flags["batch_size"], workers, flags["trust"], flags["compile"])
+    where = device_of(flags["device"])
+    workers = workers_of(flags["executor"], flags["workers"], where)
+    more = (flags["trust"], flags["compile"], flags["executor"] == "ray", flags["shard"])
+    return Options(root, where, flags["batch_size"], workers, *more)
 
 
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdecimal())) or name.endswith(":"):
-        raise ValueError(f"--device {name}: needed is auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"--device {name}: there is no such GPU; use --device cpu")
-    return name
+cli.add_command(commands.check)
+cli.add_command(commands.compare)
+cli.add_command(commands.ls)
+cli.add_command(commands.merge)
+cli.add_command(commands.schema)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -364,7 +377,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _complain(sentence: str) -> None:
     """One line on standard error, in which what a terminal would obey, such as colours, is spelled out."""
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(sentence.split()))
+    words = " ".join(sentence.split())
+    cut = words if len(words) <= LONGEST else f"{words[:LONGEST]}..."  # as of a name of a million letters
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
     click.echo(f"rdiff: {''.join(shown)}", err=True)
 
 

@@ -1,6 +1,7 @@
 """Everything a suite names is a `Component`: a frozen value whose fields are its YAML, found by its `kind`."""
 
 import json
+import sys
 from abc import ABC
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from pydantic import (
     ConfigDict,
     ModelWrapValidatorHandler,
     PlainSerializer,
+    WithJsonSchema,
+    field_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -34,8 +37,11 @@ __all__ = [
     "digest_of",
     "find",
     "fingerprint",
+    "is_built_in",
     "kinds",
+    "load_kind",
     "look_again",
+    "offers",
     "suggest",
     "trusting",
 ]
@@ -62,7 +68,10 @@ def _freeze(value: object) -> object:
 
 
 Options = Annotated[
-    tuple[tuple[str, Any], ...], BeforeValidator(_freeze), PlainSerializer(lambda pairs: dict(pairs), return_type=dict)
+    tuple[tuple[str, Any], ...],
+    BeforeValidator(_freeze),
+    PlainSerializer(lambda pairs: dict(pairs), return_type=dict),
+    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "array", "items": {"type": "array"}}]}),  # a lock has pairs
 ]
 """Keyword arguments of a library's constructor: a mapping in YAML, sorted pairs in the value, hence hashable."""
 
@@ -173,9 +182,14 @@ class Component(Value, ABC):
     @model_validator(mode="wrap")
     @classmethod
     def _resolve(cls, data: Any, handler: ModelWrapValidatorHandler["Component"], info: Any) -> "Component":
-        if not (isinstance(data, Mapping) and isabstract(cls)):
+        if not isinstance(data, Mapping):
             return handler(data)
         kind = data.get("kind")
+        if not isabstract(cls):
+            if not (isinstance(kind, str) and _leads_to(kind, cls)):
+                return handler(data)
+            made = handler({**data, "kind": cls.model_fields["kind"].default})
+            return made.model_copy(update={"kind": kind})  # so that a lock, and a fingerprint, say whose class it is
         if not isinstance(kind, str):
             raise ValueError(f"{_article(cls)} needs a kind, one of {', '.join(kinds(cls))}")
         try:
@@ -184,7 +198,18 @@ class Component(Value, ABC):
             raise _complaint(str(error), "kind") from error
         if found.runs_code and not _trusted.get():
             raise _complaint(f"kind {kind} runs code that this file names; if you trust it, add --trust", "kind")
-        return found.model_validate({**data, "kind": found.model_fields["kind"].default}, context=info.context)
+        return found.model_validate(dict(data), context=info.context)
+
+    @field_serializer("kind")
+    def _written(self, kind: str) -> str:
+        """As it is: 'package.module:Class' is not what the class calls itself."""
+        return kind
+
+
+def _leads_to(kind: str, cls: type) -> bool:
+    """Whether a kind is the path of a class, which something has imported."""
+    module, colon, name = kind.partition(":")
+    return bool(colon) and getattr(sys.modules.get(module), name, None) is cls
 
 
 @lru_cache(maxsize=4096)
@@ -209,10 +234,71 @@ def _article(family: type[Component]) -> str:
     return f"{'an' if _noun(family)[0] in 'aeiou' else 'a'} {_noun(family)}"
 
 
+DISTRIBUTION = "robustbench-diffaug"
+
+
+def is_built_in(point: EntryPoint) -> bool:
+    """Whether an entry point is this package's own."""
+    return point.dist is not None and point.dist.name.replace("_", "-").lower() == DISTRIBUTION
+
+
 @cache
+def offers(group: str) -> dict[str, tuple[EntryPoint, ...]]:
+    """All entry points of a group by name, this package's own first, without importing any of them."""
+    found: dict[str, tuple[EntryPoint, ...]] = {}
+    for point in sorted(entry_points(group=group), key=lambda point: (point.name, not is_built_in(point), point.value)):
+        found[point.name] = (*found.get(point.name, ()), point)
+    return found
+
+
 def kinds(family: type[Component]) -> dict[str, EntryPoint]:
     """The installed kinds of a family by name, without importing any of them."""
-    return {point.name: point for point in sorted(entry_points(group=family.family), key=lambda point: point.name)}
+    return {name: points[0] for name, points in offers(family.family).items()}
+
+
+def _clash(family: type[Component], point: EntryPoint) -> str:
+    """Why an entry point may not have its name, which something else has too; empty where it may."""
+    others = [other for other in offers(family.family).get(point.name, ()) if other is not point]
+    if is_built_in(point) or not others:
+        return ""
+    if is_built_in(others[0]):
+        return f"{point.name} is the name of a built-in {_noun(family)}, which stays what it is; take another name"
+    names = " and ".join(sorted({_origin(each) for each in (point, *others)}))
+    return f"{_article(family)} {point.name} comes from {names}, and only one can have the name; uninstall one"
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"{point.dist.name} ({point.value})" if point.dist else point.value
+
+
+def load_kind(family: type[C], point: EntryPoint) -> type[C]:
+    """The class of an entry point, imported and found fit.
+
+    Raises:
+        ValueError: If it cannot be imported, is no concrete class of the family, or has another kind or another's name.
+    """
+    if wrong := _clash(family, point):
+        raise ValueError(wrong)
+    try:
+        found = point.load()
+    except (Exception, SystemExit) as error:  # whatever the plug-in raises
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the plug-in {point.name} ({point.value}) cannot be imported: {reason}") from error
+    return _fit(family, found, point.name, point.name)
+
+
+def _fit(family: type[C], found: object, called: str, kind: str | None) -> type[C]:
+    """A class that a suite or an entry point names, once it is clear that it can be used."""
+    if not (isinstance(found, type) and issubclass(found, family)):
+        raise ValueError(f"{called} is not {_article(family)}")
+    if isabstract(found):
+        raise ValueError(f"{called} is abstract: {found.__name__} lacks {', '.join(sorted(found.__abstractmethods__))}")
+    own = found.model_fields["kind"].default
+    if not isinstance(own, str) or own != (kind or own):
+        name = kind or "a-name"
+        says = f"{own!r}" if isinstance(own, str) else "missing"
+        raise ValueError(f'the kind of {called} is {says}; write kind: Literal["{name}"] = "{name}" in its class')
+    return found
 
 
 def find(family: type[C], kind: str) -> type[C]:
@@ -221,23 +307,16 @@ def find(family: type[C], kind: str) -> type[C]:
     Raises:
         ValueError: If there is none, or it is not of the family; the message names what is near.
     """
-    if ":" in kind:
-        if not _trusted.get():
-            raise ValueError(f"kind {kind} runs code that this file names; if you trust it, add --trust")
-        module, _, name = kind.partition(":")
-        try:
-            found = getattr(import_module(module), name)
-        except Exception as error:  # whatever the user's code raises
-            raise ValueError(f"kind {kind} cannot be imported: {type(error).__name__}: {error}") from error
-    else:
+    if ":" not in kind:
         known = kinds(family)
         if kind not in known:
             raise ValueError(f"no {_noun(family)} is called {kind!r}{suggest(kind, list(known))}")
-        try:
-            found = known[kind].load()
-        except Exception as error:  # whatever the plug-in raises
-            message = f"the plug-in {kind} ({known[kind].value}) cannot be imported: {type(error).__name__}: {error}"
-            raise ValueError(message) from error
-    if not (isinstance(found, type) and issubclass(found, family)):
-        raise ValueError(f"{kind} is not {_article(family)}")
-    return found
+        return load_kind(family, known[kind])
+    if not _trusted.get():
+        raise ValueError(f"kind {kind} runs code that this file names; if you trust it, add --trust")
+    module, _, name = kind.partition(":")
+    try:
+        found = getattr(import_module(module), name)
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        raise ValueError(f"kind {kind} cannot be imported: {type(error).__name__}: {error}") from error
+    return _fit(family, found, f"kind {kind}", None)

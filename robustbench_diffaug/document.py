@@ -1,10 +1,12 @@
 """YAML files of users: safe, without surprises, and with the line of every key for messages."""
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, TypeVar
 
 import yaml
@@ -15,8 +17,9 @@ from robustbench_diffaug.component import suggest
 __all__ = ["Document", "apply", "dump", "parse", "read", "unshared"]
 
 LARGEST = 2**20
-NODES = 100_000
-DIGITS = 18  # of a whole number: what fits into 64 bits
+NODES = 50_000  # values, anchors expanded; some seconds to read
+DEEPEST = 60  # levels, far below what recursion bears in any reader or writer
+DIGITS = 18  # of a whole number: what fits into 64 bits; of a hexadecimal one two stand for 0x
 
 Place = tuple[str | int, ...]
 T = TypeVar("T")
@@ -26,10 +29,14 @@ class Loader(yaml.SafeLoader):
     """YAML without surprises: YAML 1.2's plain values, so that `no` is a text and `1e-3` a number; and no tags."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    composed = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """As SafeLoader does, after a look for tags."""
+        """As SafeLoader does, after a look for tags and at how many values there are already."""
         event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML's stub lacks its type
+        self.composed += 1
+        if self.composed > NODES:
+            raise ValueError(f"{event.start_mark.line + 1}: holds more than {NODES} values, which no suite needs")
         if getattr(event, "tag", None) is not None:
             problem = f"tag {event.tag} is not allowed; write the plain value"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
@@ -77,13 +84,13 @@ class Document:
     """What a file holds.
 
     Arguments:
-        path: Of the file.
+        path: Of the file; None for what stands in none.
         data: Its content.
         lines: The line of each key and list item, by its place: ('benches', 0, 'name').
         given: What the command line put at a place, as it was typed.
     """
 
-    path: Path
+    path: Path | None
     data: Any
     lines: Mapping[Place, int]
     given: Mapping[Place, str] = field(default_factory=dict)
@@ -104,6 +111,8 @@ class Document:
         parts, dotted = [tuple(place[:size]) for size in range(len(place), -1, -1)], ".".join(map(str, place))
         for typed in (self.given[part] for part in parts if part in self.given):
             return f"{typed}: {dotted}"
+        if self.path is None:
+            return dotted or "the mapping"
         known = next((part for part in parts if part in self.lines), ())
         return f"{self.path}:{self.lines.get(known, 1)}: {dotted}" if dotted else f"{self.path}:1"
 
@@ -170,7 +179,9 @@ def read(path: Path) -> Document:
         ValueError: If it is missing, too large, or not YAML, with its line.
     """
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_opened) as file:
+            if not S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError(f"{path} is no file but a pipe or a device; give the path of a YAML file")
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise ValueError(f"{path} is larger than {LARGEST} bytes, too large for a file of this kind")
@@ -184,6 +195,11 @@ def read(path: Path) -> Document:
         return Document(path, *parse(text))
     except ValueError as error:
         raise ValueError(f"{path}:{error}") from error
+
+
+def _opened(path: str, flags: int) -> int:
+    """Opens without waiting, which a pipe that nobody writes to would make us do for ever."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def parse(text: str) -> tuple[Any, dict[Place, int]]:
@@ -231,7 +247,9 @@ def _walk(node: yaml.Node, place: Place, lines: dict[Place, int], count: list[in
     if count[0] > NODES:
         raise ValueError("1: its anchors expand to more than a suite can hold")
     line = node.start_mark.line + 1
-    if node.tag == "tag:yaml.org,2002:int" and len(node.value) > DIGITS:
+    if len(place) > DEEPEST:
+        raise ValueError(f"{line}: nested too deeply")
+    if node.tag == "tag:yaml.org,2002:int" and len(node.value) > DIGITS - node.value.startswith("0x"):
         raise ValueError(f"{line}: {'.'.join(map(str, place))}: {node.value[:DIGITS]}... is too large a number")
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}

@@ -16,10 +16,11 @@ from robustbench_diffaug.data.base import BadImage, Dataset, undecodable
 from robustbench_diffaug.evaluators.base import Evaluator, Passes
 from robustbench_diffaug.files import Missing
 from robustbench_diffaug.records import to_table
+from robustbench_diffaug.shards import WHOLE, Shard
 from robustbench_diffaug.store import Cell, Store, of_nothing, with_skipped
 from robustbench_diffaug.suite import Bench, Suite
 
-__all__ = ["Outcome", "Task", "cells", "hardware", "plan", "reason", "run", "settle", "total"]
+__all__ = ["Outcome", "Task", "cells", "hardware", "lacking", "plan", "reason", "run", "settle", "total"]
 
 FORWARDS = 8192  # of a checkpoint in one file: a killed run loses no more than some seconds
 
@@ -79,8 +80,16 @@ def cells(suite: Suite, bench: Bench) -> Iterator[tuple[Dataset, tuple[Cell, ...
         yield dataset, tuple(Cell(bench.name, entry, bench.evaluator, dataset, suite.seed) for entry in chosen)
 
 
-def plan(suite: Suite, store: Store, limits: Limits) -> Iterator[Task]:
-    """The tasks that are left. Ranges depend on the evaluator alone, so that files are the same however it is run."""
+def plan(suite: Suite, store: Store, limits: Limits, shard: Shard = WHOLE) -> Iterator[Task]:
+    """The tasks that are left. Ranges depend on the evaluator alone, so that files are the same however it is run.
+
+    Arguments:
+        suite: What is run.
+        store: What is there.
+        limits: How much at a time and where.
+        shard: Which of the tasks; they are numbered as in an empty store, so that shares never depend on what is there.
+    """
+    dealt = 0
     for bench in suite.benches:
         per_file = max(1, min(128, FORWARDS // bench.evaluator.forwards().classifier))
         size = 1 << (per_file.bit_length() - 1)  # a power of two fills the networks' batches
@@ -88,9 +97,22 @@ def plan(suite: Suite, store: Store, limits: Limits) -> Iterator[Task]:
             lacking: dict[range, list[Cell]] = defaultdict(list)
             for cell in row:
                 for rows in store.missing(cell, size):
-                    lacking[rows].append(cell)
+                    if shard.holds(dealt + rows.start // size):
+                        lacking[rows].append(cell)
             for rows, needy in sorted(lacking.items(), key=lambda item: item[0].start):
                 yield Task(bench.evaluator, dataset, rows, tuple(needy), store, limits)
+            dealt += -(-len(dataset.rows()) // size)
+
+
+def lacking(suite: Suite, store: Store) -> set[tuple[str, str, str]]:
+    """The cells of which samples are not there: bench, checkpoint and dataset."""
+    return {
+        (cell.bench, cell.checkpoint.id, cell.dataset.name)
+        for bench in suite.benches
+        for dataset, row in cells(suite, bench)
+        for cell in row
+        if any(store.missing(cell, max(1, len(dataset.rows()))))
+    }
 
 
 def settle(device: str, threads: int | None = None) -> None:
@@ -101,7 +123,7 @@ def settle(device: str, threads: int | None = None) -> None:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-    if device.startswith("cuda"):
+    if device.startswith("cuda:"):  # 'cuda' alone is the current one
         torch.cuda.set_device(device)
 
 

@@ -1,20 +1,20 @@
 """Files that users name: where they are and what they hold; and results, written so that none is ever half there."""
 
-import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO, Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, ConfigDict, model_validator
 
-from robustbench_diffaug.component import Outside, Value, suggest
+from robustbench_diffaug.component import Later, Outside, Value, suggest
+from robustbench_diffaug.downloads import cached, remote
+from robustbench_diffaug.weight_files import examine, no_page, sha256
 
 __all__ = [
     "BUNDLED",
@@ -39,7 +39,7 @@ BUNDLED = "rdiff:"
 def _against(key: str) -> AfterValidator:
     def resolve(uri: str, info: Any) -> str:
         folder = (info.context or {}).get(key) or (info.context or {}).get("folder")
-        if uri.startswith(BUNDLED) or folder is None:
+        if uri.startswith(BUNDLED) or remote(uri) or folder is None:
             return uri
         try:
             return str(Path(folder, Path(uri).expanduser()))
@@ -112,18 +112,6 @@ def existing(uri: str) -> Path:
     return path
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal, computed once per process for a file that does not change."""
-    status = path.stat()
-    return _sha256(path, status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=4096)
-def _sha256(path: Path, modified: int, size: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @contextmanager
 def atomic(path: Path) -> Iterator[IO[Any]]:
     """A binary file that appears under its name when the block ends, whole, or not at all."""
@@ -160,72 +148,88 @@ Digest = Annotated[str, AfterValidator(_hexadecimal), Outside]
 """SHA-256 of a file in hexadecimal, or nothing."""
 
 
+@contextmanager
+def _readable(uri: str) -> Iterator[None]:
+    """Names the file of which the system says that it cannot be read, which the error itself may not."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{uri} cannot be read: {error.strerror or error}") from error
+
+
+def _or_text(schema: dict[str, Any]) -> None:
+    """In the JSON schema, too, a text may stand in place of the mapping."""
+    mapping = dict(schema)
+    schema.clear()
+    schema["anyOf"] = [{"type": "string"}, mapping]
+
+
 class Weights(Value):
-    """A file of weights and the SHA-256 that it must have.
+    """A file of weights and the SHA-256 that it must have; a text in its place is the `uri`.
 
     Arguments:
-        uri: Path of a safetensors file.
+        uri: Path of a safetensors file, or of one of torch.save that holds tensors and plain data; or `https://...`, or
+            `timm:NAME` for timm's own weights, which are fetched where the user allows it.
         sha256: The digest, 64 hexadecimal digits; where it is left out, that of the file as it is counts.
+        entry: Where in the file the weights are, such as 'model_ema' ('a/b' is 'b' in 'a'); found by rule if left out.
     """
+
+    model_config = ConfigDict(json_schema_extra=_or_text)
 
     uri: Location
     sha256: Digest = ""
+    entry: Annotated[str, Later] = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text(cls, data: Any) -> Any:
+        return {"uri": data} if isinstance(data, str) else data
 
     def contents(self) -> str:
         """The digest: records depend on the weights, not on where they lie."""
-        return self.sha256 or sha256(existing(self.uri))
+        with _readable(self.uri):
+            return self.sha256 or sha256(self.path())
 
-    def check(self) -> Path:
-        """The path of the file, after its digest and its first bytes were checked.
+    def path(self) -> Path:
+        """The path of the file, fetched if it is of the network and that is allowed; it may be a file of any kind.
 
         Raises:
-            ValueError: If the file is missing, has another digest, or is no safetensors file.
+            ValueError: If the file is missing, a folder or a device, or cannot be fetched.
         """
-        path = existing(self.uri)
+        with _readable(self.uri):
+            return self._looked_at(no_page)
+
+    def _looked_at(self, look: Callable[[Path, str], object]) -> Path:
+        """The path of the file, looked at before it is kept if it is fetched."""
+        path = cached(self.uri, self.sha256, look) if remote(self.uri) else existing(self.uri)
         if not path.is_file():
-            raise ValueError(f"{self.uri} is a folder, not a file of weights")
-        found = sha256(path)
-        with path.open("rb") as file:
-            start = file.read(512)
-        reason = _not_safetensors(start, path.stat().st_size)
-        if reason:
-            raise ValueError(f"{self.uri} {reason}")
-        _whole(path, self.uri)
-        if self.sha256 and found != self.sha256:
+            raise ValueError(f"{self.uri} is a folder or a device, not a file of weights")
+        return path
+
+    def pinned(self) -> Path:
+        """The path of the file, after its digest was checked; it may be a file of any kind.
+
+        Raises:
+            ValueError: As of `path`, or if it has another digest.
+        """
+        with _readable(self.uri):
+            return self._as_pinned(self.path())
+
+    def _as_pinned(self, path: Path) -> Path:
+        if self.sha256 and sha256(path) != self.sha256:
             raise ValueError(
-                f"{self.uri} has sha256 {found}, not {self.sha256}: another or a damaged file; get the right one, "
-                "or write the new digest if the change is meant"
+                f"{self.uri} has sha256 {sha256(path)}, not {self.sha256}: another or a damaged file; get the right "
+                "one, or write the new digest if the change is meant"
             )
         return path
 
+    def check(self) -> Path:
+        """The path of the file, after its bytes and its digest were checked; nothing in it is run.
 
-def _whole(path: Path, uri: str) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np"):
-            return
-    except SafetensorError as error:
-        raise ValueError(f"{uri} is damaged or cut off: {error}") from error
-
-
-def _not_safetensors(start: bytes, size: int) -> str:
-    """What is wrong with a file that begins so; empty if it looks like safetensors."""
-    text = start.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "is an HTML page, not weights (a download that failed?)"
-    if start.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer, not the weights; run git lfs pull"
-    if start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")):
-        return (
-            "is a pickle (torch.save), which can run code when it is read; convert it once where you trust it, with "
-            "safetensors.torch.save_file(state_dict, path)"
-        )
-    if len(start) < 8:
-        return f"holds only {size} bytes, no weights"
-    header = int.from_bytes(start[:8], "little")
-    if start[8:9] != b"{" or header < 2:
-        return "is no safetensors file"
-    if 8 + header > size:
-        return f"is cut off: its header says {header} bytes and the file has {size}"
-    return ""
+        Raises:
+            ValueError: As of `pinned`, or if it is no file of tensors; says what it is instead.
+        """
+        with _readable(self.uri):
+            path = self._looked_at(examine)
+            examine(path, self.uri)
+            return self._as_pinned(path)

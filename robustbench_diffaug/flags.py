@@ -6,7 +6,11 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["FILE", "FORMATS", "IMPORT_FLAGS", "RUN_FLAGS", "SUITE_FLAGS", "flag", "only"]
+from robustbench_diffaug.downloads import allowing
+from robustbench_diffaug.shards import WHOLE, Shard
+
+__all__ = ["ALLOW_DOWNLOAD", "FILE", "FORMATS", "IMPORT_FLAGS", "RUN_FLAGS", "SUITE_FLAGS", "device_of", "flag", "only"]
+__all__ += ["workers_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path)
@@ -27,6 +31,23 @@ def _flags(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+def _shard(context: click.Context, parameter: click.Parameter, value: str | None) -> Shard:
+    return Shard.parse(value) if value is not None else WHOLE
+
+
+def _allowing(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    """For as long as the command runs."""
+    context.with_resource(allowing(value))
+    return value
+
+
+ALLOW_DOWNLOAD = flag(
+    "--allow-download",
+    is_flag=True,
+    expose_value=False,
+    callback=_allowing,
+    help="Fetches weights given as https://... or timm:NAME; kept in RDIFF_CACHE or ~/.cache/rdiff.",
+)
 SUITE_FLAGS = _flags(
     flag("--with", "extra", type=FILE, multiple=True, help="A YAML file with more checkpoint entries."),
     flag("--set", "settings", multiple=True, metavar="A.B=VALUE", help="Replaces a value of the suite."),
@@ -34,14 +55,24 @@ SUITE_FLAGS = _flags(
     flag("--seed", type=click.IntRange(0, 10**18 - 1), help="Of all noise, instead of the suite's."),
     flag("--data-dir", type=FILE, help="Where relative paths of datasets start."),
     flag("--trust", is_flag=True, help="Lets the suite name code of yours, which then runs."),
+    ALLOW_DOWNLOAD,
     flag("--verbose", "-v", is_flag=True, help="Shows the traceback of an error."),
 )
 RUN_FLAGS = _flags(
     flag("--output", "-o", type=FILE, help="The run folder; default reports/<suite name>."),
     flag("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
     flag("--batch-size", "-b", type=click.IntRange(1), default=128, help="Samples read together; changes no result."),
-    flag("--executor", type=click.Choice(["local", "processes"]), help="Default: processes if --workers is above 1."),
-    flag("--workers", type=click.IntRange(1, 256), default=1, help="Processes."),
+    flag(
+        "--executor",
+        type=click.Choice(["local", "processes", "ray"]),
+        help="Default: processes if --workers is above 1.",
+    ),
+    flag(
+        "--workers",
+        type=click.IntRange(1, 256),
+        help="Processes, with --device cuda on all GPUs in turn. Default: 1; with --executor one for each GPU, or 2.",
+    ),
+    flag("--shard", callback=_shard, metavar="I/N", help="Only every N-th task, from the I-th; see merge."),
     flag("--compile", is_flag=True, help="Networks go through torch.compile; may change last digits."),
 )
 IMPORT_FLAGS = _flags(
@@ -78,3 +109,46 @@ def only(format: str, flags: dict[str, Any]) -> None:
         if value not in (None, "", ()) and format not in owners:
             shown = {"radii": "radius", "baselines": "baseline", "settings": "set"}.get(name, name)
             raise ValueError(f"--{shown} is for {' and '.join(owners)}, not for {format}")
+
+
+def workers_of(executor: str | None, asked: int | None, device: str) -> int:
+    """The number of workers: what is asked for, or of an executor of several one for each GPU, and at least two.
+
+    Arguments:
+        executor: local, processes, ray, or none.
+        asked: The number, if it is given.
+        device: 'cpu', or 'cuda' for all GPUs, or 'cuda:N'.
+
+    Raises:
+        ValueError: If the executor cannot have so many.
+    """
+    if executor == "local" and (asked or 1) > 1:
+        raise ValueError("--executor local has one worker; use --executor processes")
+    if executor == "processes" and asked == 1:
+        raise ValueError("--executor processes has at least two workers; use --executor local")
+    if asked or executor in (None, "local"):
+        return asked or 1
+    import torch
+
+    return max(2, torch.cuda.device_count() if device == "cuda" else 0)
+
+
+def device_of(name: str) -> str:
+    """The device that a word means.
+
+    Arguments:
+        name: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        ValueError: If it is none of these, or there is no such GPU.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdecimal())) or name.endswith(":"):
+        raise ValueError(f"--device {name}: needed is auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"--device {name}: there is no such GPU; use --device cpu")
+    return name

@@ -21,10 +21,12 @@ from robustbench_diffaug.engine import cells
 from robustbench_diffaug.store import Cell, Store
 from robustbench_diffaug.suite import Bench, Suite
 
-__all__ = ["LOCK", "Absent", "Archive", "Recorded", "keys_of", "open_run"]
+__all__ = ["BOARD", "LOCK", "Absent", "Archive", "Recorded", "keys_of", "listed", "manifest_of", "open_run"]
 
 LOCK = "suite.lock.yaml"
 MANIFEST = "manifest.json"
+BOARD = "board.json"
+SCHEMA = 1  # of manifests
 
 Keys = Mapping[str, Mapping[str, Mapping[str, str]]]
 """The key of a cell by its bench, dataset and checkpoint."""
@@ -213,7 +215,7 @@ def open_run(
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}; give the folder of a run, such as reports/quickstart")
     look_again()
-    manifest = _manifest(root)
+    manifest = manifest_of(root)
     if not (root / LOCK).is_file():
         for key, said in (("imported", "figures of another tool"), ("report", "a report without its records")):
             if key in manifest:
@@ -238,8 +240,15 @@ def open_run(
     return Recorded(root, data, after, manifest, given, current)
 
 
-def _manifest(root: Path) -> dict[str, Any]:
+def manifest_of(root: Path) -> dict[str, Any]:
+    """What a run folder says of itself.
+
+    Raises:
+        ValueError: If it says nothing, is damaged, or of a schema of another version of rdiff.
+    """
     path = root / MANIFEST
+    if not path.is_file() and (root / BOARD).is_file():
+        raise ValueError(f"{root} holds a board, which has no records of its own; give the runs that it is of")
     if not path.is_file():
         raise ValueError(f"{root} is no finished run folder: it has no {MANIFEST}; run the suite to its end")
     try:
@@ -248,6 +257,10 @@ def _manifest(root: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds no mapping")
+    if (schema := found.get("schema_version", SCHEMA)) != SCHEMA:
+        raise ValueError(
+            f"{path}: schema_version is {schema!r:.40}, and this rdiff reads {SCHEMA}; use the rdiff that made the run"
+        )
     return found
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import blake2b
 from math import nan, prod
 from typing import Literal, NamedTuple, TypeAlias
@@ -115,6 +116,32 @@ class Piece(NamedTuple):
     read: Callable[[Sequence[str]], Mapping[str, Shaped[np.ndarray, "n ..."]]]
 
 
+class _Some(Mapping[str, Shaped[np.ndarray, "n ..."]]):
+    """Some rows of columns, each cut when it is asked for: few of them ever are.
+
+    Arguments:
+        columns: Of all rows.
+        rows: Which; a slice where they follow each other, and then nothing is copied.
+    """
+
+    def __init__(
+        self, columns: Mapping[str, Shaped[np.ndarray, "n ..."]], rows: slice | Shaped[np.ndarray, " m"]
+    ) -> None:
+        self._columns, self._rows = columns, rows
+        self._held: dict[str, Shaped[np.ndarray, "n ..."]] = {}
+
+    def __getitem__(self, name: str) -> Shaped[np.ndarray, "n ..."]:
+        if name not in self._held:
+            self._held[name] = self._columns[name][self._rows]
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+
 @dataclass(frozen=True, eq=False)  # by identity: what follows from records is kept as long as they are
 class Records:
     """Rows of one checkpoint on the datasets of a bench, sorted by dataset and position.
@@ -146,12 +173,17 @@ class Records:
         declared = tuple(dataset for dataset in self.declared if keep(dataset))
         if not len(self):
             return replace(self, declared=declared)
-        names = [dataset.name for dataset in declared]
-        mask = np.isin(self.columns["dataset"], names)
-        kept = {name: column[mask] for name, column in self.columns.items()}
-        return replace(
-            self, columns=kept, declared=declared, pieces=tuple(p for p in self.pieces if p.dataset in names)
-        )
+        names = {dataset.name for dataset in declared}
+        known, places = self.datasets
+        rows = np.flatnonzero(np.array([name in names for name in known], dtype=bool)[places])
+        together = len(rows) and rows[-1] - rows[0] + 1 == len(rows)
+        cut = slice(int(rows[0]), int(rows[-1]) + 1) if together else rows
+        pieces = tuple(piece for piece in self.pieces if piece.dataset in names)
+        found = replace(self, columns=_Some(self.columns, cut), declared=declared, pieces=pieces)
+        vars(found)["datasets"] = known, places[cut]  # where `cached_property` looks first
+        if "images" in vars(self):
+            vars(found)["images"] = self.images[cut]
+        return found
 
     def chunks(self, names: Sequence[str], size: int = 4096) -> Iterator[dict[str, Shaped[np.ndarray, "n ..."]]]:
         """The named columns from the first row to the last, some rows at a time; files are read when it is their turn.
@@ -195,6 +227,30 @@ class Records:
         names: np.ndarray = np.char.add(joined, self.columns["sample"])
         return names
 
+    @cached_property
+    def datasets(self) -> tuple[tuple[str, ...], Int[np.ndarray, " n"]]:
+        """The names of datasets, and the number of that of each row."""
+        return _numbered(self.columns["dataset"])
+
+    @cached_property
+    def images(self) -> Int[np.ndarray, " n"]:
+        """A number of the image behind each row, in the order of the names that `clusters` gives."""
+        (origins, from_), (samples, which) = (_numbered(self.columns[name]) for name in ("origin", "sample"))
+        pairs, places = np.unique(from_ * len(samples) + which, return_inverse=True)
+        names = [f"{origins[pair // len(samples)]}\x1f{samples[pair % len(samples)]}" for pair in pairs.tolist()]
+        order = np.empty(len(names), dtype=np.intp)
+        order[np.argsort(np.array(names, dtype=np.str_))] = np.arange(len(names))
+        found: np.ndarray = order[places]
+        return found
+
+    def repeated(self) -> int | None:
+        """A row whose sample and dataset another has too; None where there is none."""
+        names, which = _numbered(self.columns["sample"])
+        places = self.datasets[1] * len(names) + which
+        order = np.argsort(places, kind="stable")
+        twice = np.flatnonzero(np.diff(places[order]) == 0)
+        return int(order[twice[0] + 1]) if len(twice) else None
+
     def key(self, *parts: object) -> int:
         """The stream for resampling these rows, the same for every checkpoint."""
         return rng.key(self.seed, "bootstrap", *(dataset.name for dataset in self.declared), *parts)
@@ -220,6 +276,12 @@ def shared(one: Records, other: Records) -> tuple[Int[np.ndarray, " m"], Int[np.
     _, first, second = np.intersect1d(mine, others, return_indices=True)
     order = np.argsort(first, kind="stable")
     return first[order], second[order]
+
+
+def _numbered(column: Shaped[np.ndarray, " n"]) -> tuple[tuple[str, ...], Int[np.ndarray, " n"]]:
+    """The distinct texts of a column, and the number of that of each row."""
+    found = pa.array(column.tolist(), pa.string()).dictionary_encode()
+    return tuple(found.dictionary.to_pylist()), found.indices.to_numpy(zero_copy_only=False).astype(np.intp)
 
 
 def _cut(count: int, size: int) -> Iterator[int]:
@@ -268,7 +330,8 @@ def from_table(table: pa.Table) -> dict[str, Shaped[np.ndarray, "n ..."]]:
             shape = tuple(map(int, (entry.metadata or {})[b"shape"].split(b"x")))
             array = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), *shape)
         elif pa.types.is_string(entry.type):
-            array = np.array(column.to_pylist(), dtype=np.str_)
+            words = column.dictionary_encode()  # most texts are there many times
+            array = np.array(words.dictionary.to_pylist(), dtype=np.str_)[words.indices.to_numpy(zero_copy_only=False)]
         else:
             array = column.to_numpy(zero_copy_only=False)
         array = array.view()

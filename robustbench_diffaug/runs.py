@@ -4,62 +4,42 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import yaml
 
-from robustbench_diffaug import summary
-from robustbench_diffaug.batch import Limits
+from robustbench_diffaug import shares, summary
 from robustbench_diffaug.component import look_again
-from robustbench_diffaug.document import dump
-from robustbench_diffaug.engine import Outcome, Task, hardware, plan
-from robustbench_diffaug.executors import local, processes, threads
+from robustbench_diffaug.document import dump, read
+from robustbench_diffaug.engine import Outcome, Task, hardware, lacking, plan
+from robustbench_diffaug.executors import Options, threads
 from robustbench_diffaug.files import apart, atomic, sha256
 from robustbench_diffaug.folder import PICTURES, alone, digests, put
+from robustbench_diffaug.gate import gate
 from robustbench_diffaug.recorded import LOCK, Recorded, keys_of, listed, open_run
-from robustbench_diffaug.report import page, pictures, tables
+from robustbench_diffaug.report import formats as more_formats
+from robustbench_diffaug.report import page, pictures, published, tables
+from robustbench_diffaug.report.marks import Mark
+from robustbench_diffaug.shards import Shard
 from robustbench_diffaug.shown import Shown
 from robustbench_diffaug.store import Store
 from robustbench_diffaug.suite import Loaded, Suite, check
 
-__all__ = ["FORMATS", "Finished", "Options", "Results", "digests", "execute", "lock", "own", "report", "results"]
-__all__ += ["put", "recorded_failures", "rendered", "tasks_of"]
+__all__ = ["ASKED", "FORMATS", "Finished", "Options", "Results", "digests", "execute", "finish", "lock", "own"]
+__all__ += ["put", "recorded_failures", "rendered", "report", "results", "tasks_of"]
 
-FORMATS = {"html": ("index.html",), "csv": ("metrics.csv", "metrics.parquet", "leaderboard.csv", "costs.csv")}
-"""The files of each format of a report; to the page belongs the folder of pictures."""
+TABLES = ("metrics.csv", "metrics.parquet", "leaderboard.csv", "costs.csv", "pairs.csv")
+FORMATS = {"html": ("index.html",), "csv": TABLES}
+"""The files of each format of a run's own report; to the page belongs the folder of pictures."""
+ASKED = {**{form: names[0] for form, names in FORMATS.items()}, **more_formats.FILES}
+"""All formats that a report elsewhere can have, each with its first file."""
 DRAWING = ("jinja2", "matplotlib", "pandas", "pyarrow")  # packages on which the bytes of reports depend
 UNCOMPUTED = summary.NO_METRICS  # how the reasons of failures begin that are not of a run but of metrics
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a suite is run; nothing of it changes what is recorded, but the device and `compile`, by rounding.
-
-    Arguments:
-        root: The run folder.
-        device: 'cpu' or 'cuda[:N]'.
-        batch: Samples read together.
-        workers: Processes; 1 runs in this one.
-        trust: Whether the suite may name code, for the manifest.
-        compile: Whether networks go through torch.compile.
-    """
-
-    root: Path
-    device: str = "cpu"
-    batch: int = 128
-    workers: int = 1
-    trust: bool = False
-    compile: bool = False
-
-    @property
-    def limits(self) -> Limits:
-        """For the engine."""
-        return Limits(batch=self.batch, device=self.device, compile=self.compile)
+FOLLOWING = (UNCOMPUTED, summary.NO_PAIRS, summary.NO_PICTURES)  # likewise, of all that follows from records
 
 
 @dataclass(frozen=True)
@@ -74,6 +54,7 @@ class Finished:
         failures: bench, checkpoint, dataset and reason of each cell that failed; the dataset is 'all' where the
             records are there and their metrics failed.
         computed: The number of tasks that were run.
+        partial: What is not there, where the run was one of several shares; then there are no figures yet.
     """
 
     root: Path
@@ -82,6 +63,7 @@ class Finished:
     leaderboard: pd.DataFrame
     failures: list[dict[str, str]] = field(default_factory=list)
     computed: int = 0
+    partial: str = ""
 
 
 def lock(suite: Suite) -> bytes:
@@ -98,9 +80,9 @@ def own(root: Path, suite: Suite) -> None:
     path = root / LOCK
     if path.exists():
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+            found = read(path).data
             name, seed = found["name"], found["seed"]
-        except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is damaged; give another folder with --output") from error
         if (name, seed) != (suite.name, suite.seed):
             raise ValueError(
@@ -118,7 +100,7 @@ def _foreign(path: Path) -> bool:
 
 def tasks_of(loaded: Loaded, options: Options) -> list[Task]:
     """What is left to do in a run folder."""
-    return list(plan(loaded.suite, Store(options.root), options.limits))
+    return list(plan(loaded.suite, Store(options.root), options.limits, options.shard))
 
 
 def execute(
@@ -144,21 +126,21 @@ def execute(
     own(options.root, loaded.suite)
     store, text = Store(options.root), lock(loaded.suite)
     tasks = tasks_of(loaded, options)
-    if not tasks and (done := _unchanged(options.root, text)):
+    if not tasks and (done := _unchanged(loaded.suite, store, text)):
         return done
+    warnings += gate(loaded.suite, tasks, options.limits, options.workers == 1)
     announce(tasks, warnings)
     with atomic(options.root / LOCK) as file:
         file.write(text)
-    executor = local(options.device) if options.workers == 1 else processes(options.device, options.workers)
     failures: list[dict[str, str]] = []
-    with closing(executor(tasks)) as outcomes:
+    with closing(options.executor(tasks)) as outcomes:
         for outcome in outcomes:
             failures += [failure for failure in _failed(outcome) if failure not in failures]
             progress(outcome)
     about = {
         "device": options.device,
         "compile": options.compile,
-        "threads": threads(options.workers),
+        "threads": 1 if options.ray else threads(options.workers),
         "workers": options.workers,
         "hardware": hardware(options.device),
         "trusted": options.trust,
@@ -169,7 +151,43 @@ def execute(
     found = summary.manifest(loaded.suite, store, failures, warnings, about)
     found["versions"] |= {name: version(name) for name in DRAWING}
     found["keys"] = keys_of(loaded.suite)
+    if options.shard.count > 1 or shares.several(options.root, found):
+        return _write_share(loaded.suite, store, found, options.shard, len(tasks))
     return write(loaded.suite, store, found, failures, len(tasks))
+
+
+def _write_share(suite: Suite, store: Store, manifest: dict[str, Any], shard: Shard, computed: int) -> Finished:
+    """Writes the manifest of a share, beside what others of the same folder have said; figures once all is there."""
+    with alone(store.root):
+        found = shares.united([*shares.earlier(store.root, manifest), shares.of_shard(manifest, shard)])
+        return replace(finish(suite, store, found, lock(suite)), computed=computed)
+
+
+def finish(suite: Suite, store: Store, manifest: dict[str, Any], text: bytes) -> Finished:
+    """Writes the figures of records that several runs have made; only the manifest while samples are missing.
+
+    The caller holds the folder `alone`.
+
+    Arguments:
+        suite: What was run.
+        store: Its records.
+        manifest: That of all runs.
+        text: The lock.
+    """
+    missing = lacking(suite, store)
+    failures, partial = shares.standing(manifest, missing), shares.partial(manifest, missing)
+    if not partial:
+        made = results(suite, store, manifest, failures)
+        digest = put(store.root, {LOCK: text, **made.files})
+        return Finished(store.root, digest, made.metrics, made.leaderboard, made.failures)
+    for name in (name for names in FORMATS.values() for name in names):
+        (store.root / name).unlink(missing_ok=True)  # of an earlier run: not of what is there now
+    digest = put(store.root, {LOCK: text, "manifest.json": _json({**manifest, "failures": failures})})
+    return Finished(store.root, digest, pd.DataFrame(), pd.DataFrame(), failures, 0, partial)
+
+
+def _json(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
 def _failed(outcome: Outcome) -> list[dict[str, str]]:
@@ -226,10 +244,12 @@ def results(
         drawn: Whether the page and the pictures are made, which takes the longest.
     """
     found, costs = summary.metrics(suite, store, drawn), summary.costs(suite, store)
-    board, told = tables.leaderboard(found.metrics), [dict(failure) for failure in (*failures, *found.failures)]
+    board = tables.leaderboard(found.metrics, found.pairs)
+    told = [dict(failure) for failure in (*failures, *found.failures)]
     said = {"remarks": found.remarks} if found.remarks else {}
     rest = {key: value for key, value in manifest.items() if key != "remarks"}
-    files = rendered(found.metrics, board, costs, {**rest, "failures": told, **said}, drawn, found.pictures)
+    about = {**rest, "failures": told, **said}
+    files = rendered(found.metrics, board, costs, about, drawn, found.pictures, found.pairs)
     return Results(found.metrics, board, told, files)
 
 
@@ -240,6 +260,8 @@ def rendered(
     manifest: Mapping[str, Any],
     drawn: bool = True,
     shown: Sequence[Shown] = (),
+    pairs: pd.DataFrame | None = None,
+    marks: Mapping[tuple[str, str], Mark] | None = None,
 ) -> dict[str, bytes]:
     """The bytes of each file of a report.
 
@@ -250,6 +272,8 @@ def rendered(
         manifest: What is said of them.
         drawn: Whether the page and the pictures are made.
         shown: The pictures.
+        pairs: The tests of checkpoints in pairs, where there are records to test.
+        marks: Where figures are from, where they are of several runs or imported.
     """
     facts = {key: value for key, value in manifest.items() if key != "keys"}  # these would tell nobody anything
     files = {
@@ -257,10 +281,13 @@ def rendered(
         "metrics.parquet": tables.to_parquet(metrics),
         "leaderboard.csv": tables.to_csv(board),
         "costs.csv": tables.to_csv(costs),
-        "manifest.json": json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n",
+        "manifest.json": _json(manifest),
     }
+    if pairs is not None:
+        files["pairs.csv"] = tables.to_csv(pairs)
     if drawn:
-        files["index.html"] = page.render(metrics, facts, costs, shown).encode()
+        printed = published.rows(metrics, manifest)
+        files["index.html"] = page.render(metrics, facts, costs, shown, pairs, printed, marks).encode()
         files |= {entry.path: pictures.file(entry.picture) for entry in shown}
     return files
 
@@ -271,6 +298,7 @@ def report(
     settings: Sequence[str] = (),
     formats: Sequence[str] = tuple(FORMATS),
     trust: bool = False,
+    layouts: Sequence[str] = (),
 ) -> Finished:
     """Computes metrics, leaderboard and page again from the records of a run folder, without a forward pass.
 
@@ -280,15 +308,20 @@ def report(
         root: The run folder.
         output: Where the report is written; left out, it replaces that of the run folder.
         settings: 'a.b=value', each of a field that records do not depend on; the report names them. Needs `output`.
-        formats: Which of `FORMATS`; all, where `output` is left out.
+        formats: Which of `ASKED`; those of `FORMATS`, where `output` is left out.
         trust: Whether the lock may name code of the user's.
+        layouts: Tables of a paper, of `report.layouts.LAYOUTS`. Needs `output`.
 
     Raises:
-        ValueError: If the folder is no run's, or a setting would need forwards, or the output is not free.
+        ValueError: If the folder is no run's, or a setting would need forwards, or the output is not free, or the run
+            has nothing of a layout.
     """
     found = open_run(root, trust=trust, settings=settings)
-    if output is None and (settings or set(formats) != set(FORMATS)):
-        raise ValueError("a report with --set or --format is not the run's own; say where it goes with --output")
+    if partial := shares.partial(found.manifest, lacking(found.bare, found.archive)):
+        raise ValueError(f"{root} has no figures yet: {partial}")
+    if output is None and (settings or layouts or set(formats) != set(FORMATS)):
+        with_ = "--layout" if layouts else "--set or --format"
+        raise ValueError(f"a report with {with_} is not the run's own; say where it goes with --output")
     failures = recorded_failures(found.manifest)
     if output is None:
         with alone(root):
@@ -297,18 +330,20 @@ def report(
         return Finished(root, digest, made.metrics, made.leaderboard, made.failures)
     _free(root, output)
     made = results(found.bare, found.archive, _retold(found), failures, "html" in formats)
-    kept = {"manifest.json", *(name for form in formats for name in FORMATS[form])}
-    for name in {name for names in FORMATS.values() for name in names} - kept:
+    said = json.loads(made.files["manifest.json"])
+    more = more_formats.written(made.metrics, made.leaderboard, said, formats, layouts)
+    kept = {"manifest.json", *more, *(name for form in formats for name in FORMATS.get(form, ()))}
+    for name in {*more_formats.NAMES, *(name for names in FORMATS.values() for name in names)} - kept:
         (output / name).unlink(missing_ok=True)  # of an earlier report with other formats
     files = {name: content for name, content in made.files.items() if name in kept or name.startswith(f"{PICTURES}/")}
-    digest = put(output, files)
+    digest = put(output, {**files, **more})
     return Finished(output, digest, made.metrics, made.leaderboard, made.failures)
 
 
 def recorded_failures(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
     """The failures in a manifest that are of the run itself; those of metrics and pictures follow from records."""
     found = [{str(k): str(v) for k, v in failure.items()} for failure in listed(manifest, "failures")]
-    return [failure for failure in found if not failure.get("reason", "").startswith((UNCOMPUTED, summary.NO_PICTURES))]
+    return [failure for failure in found if not failure.get("reason", "").startswith(FOLLOWING)]
 
 
 def _retold(found: Recorded) -> dict[str, Any]:
@@ -333,7 +368,8 @@ def _free(root: Path, output: Path) -> None:
     if not output.exists():
         return
     names = {path.name for path in output.iterdir() if _foreign(path)} if output.is_dir() else {""}
-    known = {"manifest.json", "digests.txt", PICTURES, *(name for files in FORMATS.values() for name in files)}
+    own = {name for files in FORMATS.values() for name in files}
+    known = {"manifest.json", "digests.txt", PICTURES, *own, *more_formats.NAMES}
     if names and not (names <= known and _is_report(output / "manifest.json")):
         raise ValueError(f"{output} is not empty and holds no report of rdiff report; give another --output")
 
@@ -345,8 +381,9 @@ def _is_report(path: Path) -> bool:
         return False
 
 
-def _unchanged(root: Path, text: bytes) -> Finished | None:
-    """What the folder holds, if it is finished, of this very suite, and as its digests say."""
+def _unchanged(suite: Suite, store: Store, text: bytes) -> Finished | None:
+    """What the folder holds, if it is finished (or a share is), of this very suite, and as its digests say."""
+    root = store.root
     if not (root / LOCK).exists() or (root / LOCK).read_bytes() != text or not (root / "digests.txt").exists():
         return None
     if (root / "digests.txt").read_bytes() != digests(root):
@@ -354,5 +391,11 @@ def _unchanged(root: Path, text: bytes) -> Finished | None:
     manifest = json.loads((root / "manifest.json").read_bytes())
     if manifest["failures"]:
         return None
-    metrics = pd.read_parquet(root / "metrics.parquet")
-    return Finished(root, sha256(root / "digests.txt"), metrics, tables.leaderboard(metrics))
+    if not (root / "metrics.parquet").exists():
+        partial = shares.partial(manifest, lacking(suite, store))
+        done = Finished(root, sha256(root / "digests.txt"), pd.DataFrame(), pd.DataFrame(), partial=partial)
+        return done if partial else None
+    if not (root / "pairs.csv").exists():  # the report is of a version of rdiff that had no tests
+        return None
+    metrics, pairs = pd.read_parquet(root / "metrics.parquet"), tables.pairs_of((root / "pairs.csv").read_bytes())
+    return Finished(root, sha256(root / "digests.txt"), metrics, tables.leaderboard(metrics, pairs))

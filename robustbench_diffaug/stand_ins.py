@@ -267,6 +267,9 @@ class _Checkpoint(Checkpoint):
         found: Denoiser | None = _metered(real, self.meter) if real is not None else None
         return found
 
+    def takes(self) -> int | None:
+        return self.real.takes()
+
     def load(self) -> nn.Module:
         model = self.meter.load(lambda: self.real.loaded(Limits(device=self.meter.device)))
         return _Network(self.real, model.network, self.meter)

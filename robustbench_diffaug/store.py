@@ -1,7 +1,6 @@
 """Where records live, and what is missing: one immutable Parquet file for each cell and range of samples."""
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -137,14 +136,12 @@ class Store:
         if not tables:
             return Records({}, declared, cells[0].seed)
         columns = from_table(pa.concat_tables(tables))
-        counts = Counter(zip(columns["dataset"].tolist(), columns["sample"].tolist(), strict=True))
-        for (dataset, sample), count in counts.items():
-            if count > 1:
-                raise ValueError(
-                    f"{self.root}: sample {sample} of {dataset} is recorded twice; delete one of its files"
-                )
         constants = self._constants(cells)
-        return Records(columns, declared, cells[0].seed, constants, tuple(pieces) if heavy else ())
+        found = Records(columns, declared, cells[0].seed, constants, tuple(pieces) if heavy else ())
+        if (row := found.repeated()) is not None:
+            place = f"sample {columns['sample'][row]} of {columns['dataset'][row]}"
+            raise ValueError(f"{self.root}: {place} is recorded twice; delete one of its files")
+        return found
 
     def _constants(self, cells: Iterable[Cell]) -> dict[str, np.ndarray]:
         """What was kept of the checkpoint, which is the same beside all its cells."""

@@ -16,7 +16,7 @@ from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.evaluators.base import Evaluator
 from robustbench_diffaug.files import locate
 
-__all__ = ["Bench", "Loaded", "Suite", "check", "load"]
+__all__ = ["Bench", "Loaded", "Suite", "check", "entries", "limited", "load"]
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
 
@@ -143,13 +143,13 @@ def load(
         for j in range(len(bench.datasets)):
             places["bench", f"{bench.name}/{j}"] = found.where(("benches", i, "datasets", j))
     for file in extra:
-        entries = _entries(file, trust)
-        suite = suite.model_copy(update={"checkpoints": (*suite.checkpoints, *entries.values())})
+        more = entries(file, trust)
+        suite = suite.model_copy(update={"checkpoints": (*suite.checkpoints, *more.values())})
         with _at(str(file)):
             _unique("checkpoint", [entry.id for entry in suite.checkpoints])
-        places |= {("checkpoint", entry.id): where for where, entry in entries.items()}
+        places |= {("checkpoint", entry.id): where for where, entry in more.items()}
     if limit is not None:
-        suite = suite.model_copy(update={"benches": tuple(_limited(bench, limit) for bench in suite.benches)})
+        suite = limited(suite, limit)
     return Loaded(suite, places)
 
 
@@ -163,8 +163,16 @@ class _Entries(RootModel[tuple[Checkpoint, ...]]):
     """A list of checkpoint entries."""
 
 
-def _entries(file: Path, trust: bool) -> dict[str, Checkpoint]:
-    """The checkpoints of a file that holds one or a list of them, by where they stand."""
+def entries(file: Path, trust: bool = False) -> dict[str, Checkpoint]:
+    """The checkpoints of a file that holds one or a list of them, by where they stand.
+
+    Arguments:
+        file: Of YAML; relative paths in it start at its folder.
+        trust: Whether it may name code of the user's.
+
+    Raises:
+        ValueError: If something is wrong; one line with file, line and key.
+    """
     found = document.read(file)
     context = {"folder": file.resolve().parent}
     with trusting(trust):
@@ -172,8 +180,13 @@ def _entries(file: Path, trust: bool) -> dict[str, Checkpoint]:
             return {_weights(found): found.validate(Checkpoint, context)}
         if not found.data:
             raise ValueError(f"{file}:1: holds no checkpoint; needed is an entry or a list of them")
-        entries = found.validate(_Entries, context)
-        return {_weights(found, index): entry for index, entry in enumerate(entries.root)}
+        listed = found.validate(_Entries, context)
+        return {_weights(found, index): entry for index, entry in enumerate(listed.root)}
+
+
+def limited(suite: Suite, limit: int) -> Suite:
+    """The suite with at most so many samples of each dataset."""
+    return suite.model_copy(update={"benches": tuple(_limited(bench, limit) for bench in suite.benches)})
 
 
 def _limited(bench: Bench, limit: int) -> Bench:
@@ -205,8 +218,8 @@ def check(loaded: Loaded) -> tuple[str, ...]:
                 denoiser.check()
         for index, dataset in enumerate(bench.datasets):
             with _at(loaded.places["bench", f"{bench.name}/{index}"]):
-                _check_images(bench, dataset, bench.chosen(suite.checkpoints))
-    return tuple(warnings)
+                warnings += _check_images(bench, dataset, bench.chosen(suite.checkpoints))
+    return tuple(dict.fromkeys(warnings))
 
 
 def _check_kinds(evaluator: Evaluator, checkpoints: Sequence[Checkpoint]) -> None:
@@ -224,6 +237,19 @@ def _check_kinds(evaluator: Evaluator, checkpoints: Sequence[Checkpoint]) -> Non
                 f"evaluator {evaluator.kind} analyses a {evaluator.needs}, and checkpoint {entry.id} is a {found}; "
                 "list under checkpoints of the bench those that it is for"
             )
+        lacks = [
+            word
+            for word, needed, there in (
+                ("gradients", evaluator.needs_gradient, entry.differentiable),
+                ("the features of the last layer", evaluator.needs_layers, entry.layered),
+            )
+            if needed and not there
+        ]
+        if lacks:
+            raise ValueError(
+                f"evaluator {evaluator.kind} needs {' and '.join(lacks)}, and checkpoint {entry.id} of kind "
+                f"{entry.kind} has none; list under checkpoints of the bench those that it is for"
+            )
 
 
 def _check_classes(checkpoints: Sequence[Checkpoint]) -> None:
@@ -236,26 +262,39 @@ def _check_classes(checkpoints: Sequence[Checkpoint]) -> None:
             )
 
 
-def _check_images(bench: Bench, dataset: Dataset, checkpoints: Sequence[Checkpoint]) -> None:
+def _check_images(bench: Bench, dataset: Dataset, checkpoints: Sequence[Checkpoint]) -> list[str]:
     """All parts of an entry must be there, and its first image must fit the denoisers and the checkpoints."""
     for part in dataset.parts():
         if not len(part.rows()):
             raise ValueError(f"dataset {part.name} is empty; give it images, or take it out")
     first = dataset.parts()[0]
-    channels = int(first.first().shape[0])
+    channels, height, width = first.first().shape
     for denoiser in bench.evaluator.denoisers():
         if denoiser.channels() not in (None, channels):
             raise ValueError(
                 f"images of {first.name} have {channels} channels, the denoiser {denoiser.channels()}; "
                 "name a denoiser of such images, or convert them (mode of a folder)"
             )
+    found = [_check_channels(bench, first.name, channels, entry) for entry in checkpoints]
     for entry in checkpoints:
-        expected = getattr(entry, "channels", channels)
-        if expected != channels:
-            raise ValueError(
-                f"images of {first.name} have {channels} channels, checkpoint {entry.id} takes {expected}; correct its "
-                "channels, or list under checkpoints of the bench those that it is for"
-            )
+        try:
+            entry.fits(height, width)
+        except ValueError as error:
+            raise ValueError(f"images of {first.name} do not fit checkpoint {entry.id}: {error}") from error
+    return [warning for warning in found if warning]
+
+
+def _check_channels(bench: Bench, name: str, channels: int, entry: Checkpoint) -> str:
+    """What is to be said of a checkpoint that takes images of other channels, which only grey ones can be shown to."""
+    expected = entry.takes()
+    if expected in (None, channels):
+        return ""
+    if (expected, channels) == (3, 1):
+        return f"bench {bench.name}: checkpoint {entry.id} takes 3 channels and is shown grey images three times over"
+    raise ValueError(
+        f"images of {name} have {channels} channels, checkpoint {entry.id} takes {expected}; convert the images (mode "
+        "of a folder), correct its channels, or list under checkpoints of the bench those that it is for"
+    )
 
 
 @contextmanager

@@ -6,21 +6,24 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
 import pandas as pd
 
-from robustbench_diffaug import reading
+from robustbench_diffaug import reading, stats
 from robustbench_diffaug.checkpoints.base import Checkpoint
+from robustbench_diffaug.checkpoints.state import shapes
 from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.engine import cells, reason
-from robustbench_diffaug.files import Weights, path_of
+from robustbench_diffaug.files import Weights
+from robustbench_diffaug.pairs import Pairs
 from robustbench_diffaug.records import Metric, Records
 from robustbench_diffaug.shown import Shown, shown
 from robustbench_diffaug.store import Cell, Store
 from robustbench_diffaug.suite import Bench, Suite
 
-__all__ = ["COLUMNS", "NO_METRICS", "NO_PICTURES", "Told", "costs", "manifest", "metrics"]
+__all__ = ["COLUMNS", "NO_METRICS", "NO_PAIRS", "NO_PICTURES", "Told", "costs", "manifest", "metrics"]
 
 Figures: TypeAlias = Mapping[str, Sequence[Metric]]
 """Metrics by the id of the checkpoint."""
@@ -29,6 +32,7 @@ COLUMNS = (
     "suite bench evaluator checkpoint group metric value low high n n_available better unit complete headline".split()
 )
 NO_METRICS, NO_PICTURES = "its metrics cannot be computed", "its pictures cannot be drawn"
+NO_PAIRS = "its figures cannot be tested in pairs"
 LISTED = 10  # images that a notice names
 PACKAGES = ("robustbench-diffaug", "torch", "timm", "diffusers", "numpy", "scipy", "statsmodels", "pillow")
 
@@ -42,12 +46,14 @@ class Told(NamedTuple):
             checkpoint, dataset 'all', and the reason.
         remarks: What evaluators say that a reader must know.
         pictures: What there is to see.
+        pairs: The tests of checkpoints in pairs, with the columns `pairs.COLUMNS`.
     """
 
     metrics: pd.DataFrame
     failures: list[dict[str, str]]
     remarks: list[str]
     pictures: list[Shown]
+    pairs: pd.DataFrame
 
 
 def metrics(suite: Suite, store: Store, pictures: bool = True) -> Told:
@@ -62,27 +68,35 @@ def metrics(suite: Suite, store: Store, pictures: bool = True) -> Told:
         ValueError: If records are damaged.
     """
     rows: list[dict[str, Any]] = []
-    failures, remarks, drawn = [], list[str](), list[Shown]()
+    failures, remarks, drawn, tests = [], list[str](), list[Shown](), Pairs()
     for bench in suite.benches:
-        columns = {entry.id: column for entry, column in _by_checkpoint(suite, bench)}
-        read = _reader(bench, store, columns)
-        compared, odd = _compared(bench, read, tuple(columns))
-        if odd:
-            failures.append(_failure(bench, "all", odd))
-        for id in columns:
-            reading.begin(f"figures of {bench.name}, {id}")
-            records = read(id)
-            named = {"suite": suite.name, "bench": bench.name, "evaluator": bench.evaluator.kind, "checkpoint": id}
-            try:
-                rows += [figure | named for figure in _figures(bench, records, compared.get(id, []))]
-                remarks += [f"{bench.name}, {id}: {remark}" for remark in bench.evaluator.notices(records)]
-            except Exception as error:  # whatever the evaluator raises costs no other checkpoint its figures
-                failures.append(_failure(bench, id, reason(error)))
-            try:
-                drawn += list(shown(bench.name, id, bench.evaluator.pictures(records) if pictures else ()))
-            except Exception as error:  # nor any metrics
-                failures.append(_failure(bench, id, reason(error), NO_PICTURES))
-    return Told(pd.DataFrame(rows, columns=pd.Index(COLUMNS)), failures, remarks, drawn)
+        with stats.remembering():  # checkpoints share the resamples of a bench
+            columns = {entry.id: column for entry, column in _by_checkpoint(suite, bench)}
+            read = _reader(bench, store, columns)
+            compared, odd = _compared(bench, read, tuple(columns))
+            if odd:
+                failures.append(_failure(bench, "all", odd))
+            for id in columns:
+                reading.begin(f"figures of {bench.name}, {id}")
+                records = read(id)
+                named = {"suite": suite.name, "bench": bench.name, "evaluator": bench.evaluator.kind, "checkpoint": id}
+                try:
+                    found = _figures(bench, records, compared.get(id, []))
+                    rows += [asdict(figure) | {"metric": figure.name} | named for figure in found]
+                    remarks += [f"{bench.name}, {id}: {remark}" for remark in bench.evaluator.notices(records)]
+                except Exception as error:  # whatever the evaluator raises costs no other checkpoint its figures
+                    failures.append(_failure(bench, id, reason(error)))
+                    found = []
+                try:
+                    if found:
+                        tests.add(bench.name, id, found, bench.evaluator.outcomes(records))
+                except Exception as error:  # nor any figure
+                    failures.append(_failure(bench, id, reason(error), NO_PAIRS))
+                try:
+                    drawn += list(shown(bench.name, id, bench.evaluator.pictures(records) if pictures else ()))
+                except Exception as error:  # nor any metrics
+                    failures.append(_failure(bench, id, reason(error), NO_PICTURES))
+    return Told(pd.DataFrame(rows, columns=pd.Index(COLUMNS)), failures, remarks, drawn, tests.table())
 
 
 def _reader(bench: Bench, store: Store, columns: Mapping[str, tuple[Cell, ...]]) -> Callable[[str], Records]:
@@ -119,21 +133,20 @@ def _compared(bench: Bench, read: Callable[[str], Records], ids: Sequence[str]) 
     return found, ""
 
 
-def _figures(bench: Bench, records: Records, compared: Sequence[Metric]) -> list[dict[str, Any]]:
+def _figures(bench: Bench, records: Records, compared: Sequence[Metric]) -> list[Metric]:
     """What an evaluator makes of one checkpoint's records, and what these rest on; nothing of no records."""
     if not len(records):
         return []
-    rows = []
-    for figure in [*bench.evaluator.metrics(records), *compared, *_forwards(bench, len(records))]:
+    found = [*bench.evaluator.metrics(records), *compared, *_forwards(bench, len(records))]
+    for figure in found:
         if not isinstance(figure, Metric):
             raise TypeError(
                 f"the evaluator {bench.evaluator.kind} yields a {type(figure).__name__}, which is no Metric"
             )
-        rows.append(asdict(figure) | {"metric": figure.name})
-    for (name, group), count in Counter((row["metric"], row["group"]) for row in rows).items():
+    for (name, group), count in Counter((figure.name, figure.group) for figure in found).items():
         if count > 1:  # tables have one place for them
             raise ValueError(f"the evaluator {bench.evaluator.kind} gives two metrics {name} of the group {group}")
-    return rows
+    return found
 
 
 def _by_checkpoint(suite: Suite, bench: Bench) -> Iterable[tuple[Checkpoint, tuple[Cell, ...]]]:
@@ -266,17 +279,12 @@ def _checkpoint(entry: Checkpoint) -> dict[str, Any]:
 
 
 def _parameters(weights: Weights) -> int:
-    """Numbers in a safetensors file, from its header."""
-    from safetensors import safe_open
-
-    total = 0
-    with safe_open(path_of(weights.uri), framework="np") as file:
-        for name in file.keys():  # noqa: SIM118  (not a mapping)
-            count = 1
-            for size in file.get_slice(name).get_shape():
-                count *= size
-            total += count
-    return total
+    """Numbers in a file of weights, without reading them; 0 in files of other kinds, which bring their code."""
+    try:
+        found = shapes(weights)
+    except ValueError:
+        return 0
+    return sum(map(prod, found.values()))
 
 
 def _denoisers(suite: Suite) -> list[dict[str, Any]]:
@@ -290,4 +298,5 @@ def _denoisers(suite: Suite) -> list[dict[str, Any]]:
 
 def _bench(bench: Bench) -> dict[str, Any]:
     settings = bench.evaluator.model_dump(mode="json", serialize_as_any=True)
-    return {"name": bench.name, "evaluator": settings, "forwards": bench.evaluator.forwards()._asdict()}
+    forwards = bench.evaluator.forwards()._asdict()
+    return {"name": bench.name, "evaluator": settings, "version": bench.evaluator.version, "forwards": forwards}

@@ -19,9 +19,12 @@ from rich.progress import (
 
 from robustbench_diffaug import probe, reading
 from robustbench_diffaug.engine import Outcome, Task, settle, total
+from robustbench_diffaug.engine import plan as tasks_of
 from robustbench_diffaug.evaluators.base import Passes
 from robustbench_diffaug.evaluators.smoothing import Smoothing
 from robustbench_diffaug.runs import Finished, Options
+from robustbench_diffaug.shards import WHOLE
+from robustbench_diffaug.store import Store
 from robustbench_diffaug.suite import Suite
 from robustbench_diffaug.train import generate, loop, output, parallel
 from robustbench_diffaug.train.generate import Generation
@@ -201,23 +204,26 @@ def train(
 
 def plan(suite: Suite, tasks: Sequence[Task], options: Options, probing: bool = False) -> Iterator[str]:
     """What a run would do, as lines; with `probing` also how long that will take."""
+    shard = "" if options.shard == WHOLE else f" in shard {options.shard}"
+    every = tasks if options.shard == WHOLE else list(tasks_of(suite, Store(options.root), options.limits))
     yield f"suite {suite.name}, seed {suite.seed}, into {Path(options.root)}"
     for bench in suite.benches:
         mine = [task for task in tasks if task.cells[0].bench == bench.name]
         parts, chosen = bench.parts(), bench.chosen(suite.checkpoints)
         rows = sum(len(dataset.rows()) for dataset in parts) * len(chosen)
-        left = sum(len(task.rows) * len(task.cells) for task in mine)
+        left = sum(len(task.rows) * len(task.cells) for task in every if task.cells[0].bench == bench.name)
         passes, each = total(mine), bench.evaluator.forwards()
         counts = f"{len(parts)} datasets x {len(chosen)} checkpoints"
         yield f"bench {bench.name}: {counts} = {len(parts) * len(chosen)} cells"
         how = f"{each.denoiser} a sample shared, {each.own} of each checkpoint" if each.own else "shared"
-        yield f"  {rows - left:,} of {rows:,} samples are there; left: {passes.denoiser:,} denoiser forwards ({how})"
+        there = f"{rows - left:,} of {rows:,} samples are there"
+        yield f"  {there}; left{shard}: {passes.denoiser:,} denoiser forwards ({how})"
         backwards = f"{passes.backward:,} denoiser backwards and " if passes.backward else ""
         yield f"  and {backwards}{passes.classifier:,} classifier forwards"
         if isinstance(bench.evaluator, Smoothing):
             for sigma in bench.evaluator.sigmas:
                 yield f"  sigma {sigma:g}: largest reachable radius {bench.evaluator.reach(sigma):.4f}"
-    yield f"in all {len(tasks)} tasks, {counted(total(tasks))}"
+    yield f"in all {len(tasks)} tasks{shard}, {counted(total(tasks))}"
     if probing and tasks:
         yield estimated(probe.estimate(tasks, options.workers))
 

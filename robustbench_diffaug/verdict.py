@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from robustbench_diffaug import terminal
-from robustbench_diffaug.verify import whole
-from robustbench_diffaug.verify.check import Check, lines
+from robustbench_diffaug.verify import notes, whole
+from robustbench_diffaug.verify.check import Check, judged, lines
 from robustbench_diffaug.verify.recheck import Again, Part
 
-__all__ = ["checks", "printed"]
+__all__ = ["checks", "noted", "printed"]
 
 
 def checks(root: Path, again: Again | None, trust: bool, data_dir: Path | None, quiet: bool) -> Iterator[Check]:
@@ -33,6 +33,25 @@ def checks(root: Path, again: Again | None, trust: bool, data_dir: Path | None, 
 
         found = whole.verify_again(root, again, trust, data_dir, announce, shown.advance)
     yield found  # after the bar, which takes standard output for its own
+
+
+def noted(root: Path, again: Again, found: Iterator[Check]) -> Iterator[Check]:
+    """The checks, and after them a note in the folder if none failed and every cell was evaluated again.
+
+    Arguments:
+        root: The folder.
+        again: What was evaluated again.
+        found: The checks, the recheck last.
+    """
+    failed, last = False, None
+    for last in found:
+        failed |= last.state == "FAILED"
+        yield last
+    if not failed and last is not None and last.state == "ok" and not last.details:
+        yield judged("note", f"boards mark this run as rechecked: {notes.write(root, again.share, again.seed)}", [])
+    else:
+        why = "a check failed" if failed else "not every cell was evaluated again"
+        yield Check("note", "not checked", f"none is written, since {why}")
 
 
 def printed(found: Iterator[Check]) -> Iterator[tuple[str, bool]]:

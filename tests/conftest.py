@@ -1,4 +1,4 @@
-"""For all tests: no network, one thread, and the option --full."""
+"""For all tests: no network, one thread, and the options --full and --ray."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +11,20 @@ LOOPBACK = ("127.", "::1", "localhost")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="the long simulations and the whole of the fuzzing")
+    parser.addoption("--ray", action="store_true", help="the tests of Ray too, which needs the extra of that name")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Ray is none of the packages that all tests are run with."""
+    return True if collection_path.name == "test_ray.py" and not config.getoption("--ray") else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Property tests try the same examples always, and others with --full; none is failed for a slow machine."""
+    from hypothesis import settings
+
+    settings.register_profile("rdiff", derandomize=not config.getoption("--full"), database=None, deadline=None)
+    settings.load_profile("rdiff")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

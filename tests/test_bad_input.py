@@ -159,7 +159,7 @@ def good_weights(classes: int = 4) -> dict[str, torch.Tensor]:
         (b"<!DOCTYPE html><html>404</html>", ["HTML page"]),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n", ["git-lfs"]),
         (pickle.dumps({"a": 1}), ["pickle", "safetensors"]),
-        (b"PK\x03\x04" + b"0" * 100, ["pickle"]),
+        (b"PK\x03\x04" + b"0" * 100, ["is a zip that is damaged or cut off"]),
         ((10**12).to_bytes(8, "little") + b'{"a":1}', ["cut off"]),
         (b"\x08\0\0\0\0\0\0\0garbage!", ["no safetensors"]),
     ],
@@ -240,8 +240,8 @@ def test_unknown_architectures_and_arguments(rdiff: Command) -> None:
 
 def test_channels_that_do_not_fit(rdiff: Command) -> None:
     save_file(good_weights(), "w.safetensors")
-    with_network(channels=3)
-    one_line(rdiff("run", "suite.yaml"), "have 1 channels, checkpoint net takes 3")
+    with_network(channels=2)
+    one_line(rdiff("run", "suite.yaml"), "have 1 channels, checkpoint net takes 2; convert the images")
     coloured = "&exact {kind: mixture, spec: {channels: 3}}"
     Path("suite.yaml").write_text(SMOKE.replace("&exact {kind: mixture}", coloured))
     one_line(rdiff("run", "suite.yaml"), "have 1 channels, the denoiser 3")

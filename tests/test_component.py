@@ -1,5 +1,7 @@
 """Components: open families, fingerprints, trust."""
 
+import pickle
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -12,6 +14,7 @@ from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.data.synthetic import Mixture
 from robustbench_diffaug.evaluators.base import Evaluator
 from robustbench_diffaug.evaluators.smoothing import Smoothing
+from tests.installed import installing
 
 
 def test_a_mapping_becomes_its_kind() -> None:
@@ -36,7 +39,7 @@ def test_paths_to_classes_need_trust() -> None:
         find(Dataset, path)
     with trusting(True):
         assert find(Dataset, path) is Mixture
-        assert TypeAdapter(Dataset).validate_python({"kind": path}) == Mixture()
+        assert isinstance(TypeAdapter(Dataset).validate_python({"kind": path}), Mixture)
         with pytest.raises(ValueError, match="not an evaluator"):
             find(Evaluator, path)
         with pytest.raises(ValueError, match="cannot be imported"):
@@ -45,6 +48,88 @@ def test_paths_to_classes_need_trust() -> None:
             find(Dataset, "os:Thing")
     with pytest.raises(ValueError, match="--trust"):
         find(Dataset, path)
+
+
+def test_a_path_stays_the_kind_so_that_a_lock_leads_to_the_class_again() -> None:
+    path = "robustbench_diffaug.data.synthetic:Mixture"
+    with trusting(True):
+        found = TypeAdapter(Dataset).validate_python({"kind": path, "size": 3})
+    assert found.kind == path
+    assert found != Mixture(size=3) and found.fingerprint != Mixture(size=3).fingerprint
+    written = found.model_dump(mode="json", serialize_as_any=True)  # a warning of pydantic's would be an error here
+    assert written["kind"] == path
+    assert type(found).model_validate(written) == pickle.loads(pickle.dumps(found)) == found
+    with trusting(True):
+        assert TypeAdapter(Dataset).validate_python(written) == found
+    with pytest.raises(ValidationError, match="--trust"):
+        TypeAdapter(Dataset).validate_python(written)
+    with pytest.raises(ValidationError, match="mixture"):
+        Mixture.model_validate({"kind": "robustbench_diffaug.data.embedded:Digits"})
+
+
+PLUG_INS = """
+from typing import Literal
+
+from robustbench_diffaug.data.base import Dataset
+from robustbench_diffaug.data.synthetic import Mixture
+
+
+class Fine(Mixture):
+    kind: Literal["fine"] = "fine"
+
+
+class Idle(Dataset):
+    kind: Literal["idle"] = "idle"
+    name: str = "idle"
+
+
+class Nameless(Mixture):
+    kind: str
+
+
+function = print
+"""
+BROKEN = {
+    "absent": (
+        "nowhere_at_all:Thing",
+        r"the plug-in absent \(nowhere_at_all:Thing\) cannot be imported: ModuleNotFound",
+    ),
+    "attribute": ("rdiff_a:Absent", "has no attribute 'Absent'"),
+    "garbled": ("rdiff_a: 3", "the plug-in garbled"),
+    "family": ("robustbench_diffaug.evaluators.shift:Shift", "family is not a dataset"),
+    "function": ("rdiff_a:function", "function is not a dataset"),
+    "idle": ("rdiff_a:Idle", "idle is abstract: Idle lacks contents, open"),
+    "leaving": ("rdiff_leaving:Thing", "cannot be imported: SystemExit: 3"),
+    "other": ("rdiff_a:Fine", "the kind of other is 'fine'; write kind: Literal"),
+    "nameless": ("rdiff_a:Nameless", "the kind of nameless is missing; write kind: Literal"),
+    "mixture": ("rdiff_a:Fine", ""),
+}
+
+
+def test_a_plug_in_that_is_broken_is_refused_in_a_line_where_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rdiff_leaving.py").write_text("raise SystemExit(3)")
+    values = {name: value for name, (value, _) in BROKEN.items()}
+    with installing(tmp_path) as install:
+        install("rdiff-a", {"datasets": {"fine": "rdiff_a:Fine", **values}}, PLUG_INS)
+        assert find(Dataset, "fine").model_validate({"kind": "fine"}).fingerprint
+        assert find(Dataset, "mixture") is Mixture
+        for name, (_, message) in BROKEN.items():
+            if message:
+                with pytest.raises(ValidationError, match=message):
+                    TypeAdapter(Dataset).validate_python({"kind": name})
+        assert TypeAdapter(Dataset).validate_python({"kind": "mixture"}) == Mixture()
+    with pytest.raises(ValueError, match="no dataset is called 'fine'"):
+        find(Dataset, "fine")
+
+
+def test_of_two_packages_neither_has_the_kind(tmp_path: Path) -> None:
+    with installing(tmp_path) as install:
+        install("rdiff-a", {"datasets": {"fine": "rdiff_a:Fine"}}, PLUG_INS)
+        install("rdiff-b", {"datasets": {"fine": "rdiff_b:Fine"}}, PLUG_INS)
+        message = r"a dataset fine comes from rdiff-a \(rdiff_a:Fine\) and rdiff-b \(rdiff_b:Fine\), and only one can"
+        with pytest.raises(ValueError, match=message):
+            find(Dataset, "fine")
+        assert find(Dataset, "mixture") is Mixture
 
 
 class Sample(Value):

@@ -1,9 +1,10 @@
 """The conformance suite catches the faults that are harder to see: state, aliases, files, markers."""
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from robustbench_diffaug import rng, testing
 from robustbench_diffaug.batch import Batch, Columns, View
+from robustbench_diffaug.checkpoints import base
 from robustbench_diffaug.checkpoints.base import Checkpoint
 from robustbench_diffaug.checkpoints.model import Model
 from robustbench_diffaug.component import Component, Outside
@@ -20,6 +22,7 @@ from robustbench_diffaug.diffusion.base import Denoise, Denoiser, Posterior, Sch
 from robustbench_diffaug.diffusion.gaussian import MixtureDenoiser
 from robustbench_diffaug.evaluators.base import Evaluator, Forwards
 from robustbench_diffaug.files import Location, sha256
+from robustbench_diffaug.outcomes import Basis, Key, Rows
 from robustbench_diffaug.records import Metric, Records
 from robustbench_diffaug.stats import proportion
 from robustbench_diffaug.testing.values import check_value
@@ -52,23 +55,72 @@ class Sound(Evaluator):
         columns = {"hit": probabilities.argmax(1) == batch.labels, "confidence": probabilities.amax(1)}
         if self.fault == "python":
             columns["confidence"] = columns["confidence"] * random.random()
+        if self.fault == "half":
+            columns["confidence"] = columns["confidence"].bfloat16()
+        if self.fault == "more columns" and len(batch.ids) == 1:
+            columns["more"] = columns["hit"]
+        if self.fault == "another type" and len(batch.ids) == 3:
+            columns["confidence"] = columns["confidence"].double()
+        if self.fault == "another shape" and len(batch.ids) == 1:
+            columns["confidence"] = columns["confidence"][:, None]
+        if self.fault == "labels":
+            batch.labels.zero_()
+        if self.fault == "mode":
+            model.network.train()
+        if self.fault == "weights":
+            next(model.network.parameters()).mul_(2)
+        LOOKED[:] = [model.id]
         return {**columns, "label": batch.labels} if self.fault == "label" else columns
 
     def metrics(self, records: Records) -> Iterable[Metric]:
+        if self.fault == "empty":
+            assert records["hit"].any()
         if len(records):
-            yield records.metric("hit", "all", proportion(records["hit"]))
+            hit = records.metric("hit", "all", proportion(records["hit"]))
+            yield replace(hit, complete=True) if self.fault == "complete" else hit
+            if self.fault == "remembers":
+                yield Metric("odd", "all", float(LOOKED == ["a"]), complete=False)
+            if self.fault == "half an interval":
+                yield Metric("odd", "all", 0.5, 0.4, complete=False)
             if self.fault == "infinite":
                 yield Metric("odd", "all", float("inf"), complete=False)
             if self.fault == "resampled":
                 yield Metric("odd", "all", random.random(), complete=False)
 
+    def outcomes(self, records: Records) -> Mapping[Key, Basis]:
+        values = records["hit"] if self.fault != "outcomes" else ~records["hit"]
+        name = "miss" if self.fault == "outcome of nothing" else "hit"
+        return {(name, "all"): Rows(records).outcomes(values)}
+
     def forwards(self) -> Forwards:
         return Forwards(0, 1)
+
+
+LOOKED: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    """Networks that a fault spoilt are loaded anew."""
+    base._loaded.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
+        ("half", "confidence of sound is of torch.bfloat16, which a record cannot hold"),
+        ("more columns", "depends on batches of 1: the columns of sample"),
+        ("another type", "depends on batches of 3: column confidence"),
+        ("another shape", "depends on batches of 1: column confidence"),
+        ("labels", "changes the images or labels of the batch in place"),
+        ("mode", "changes the weights, buffers or mode of a network"),
+        ("weights", "changes the weights, buffers or mode of a network"),
+        ("empty", "fails on no records"),
+        ("complete", "complete with a sample missing"),
+        ("remembers", "after another checkpoint was looked at; they are of records alone"),
+        ("half an interval", "half an interval"),
+        ("outcomes", r"outcomes\) has the mean"),
+        ("outcome of nothing", "says what miss of all rests on, and has no such metric"),
         ("outside", "depends on sigma, which is marked Outside"),
         ("numpy", "global random generator"),
         ("python", "depends on when it is run"),
@@ -115,6 +167,21 @@ class Forgetful(Component):
         return {"kind": self.kind, "draws": 0}
 
 
+class Unsendable(Component):
+    kind: Literal["unsendable"] = "unsendable"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a lock cannot be pickled")
+
+
+class Replaced(Component):
+    kind: Literal["replaced"] = "replaced"
+    value: int = 0
+
+    def __reduce__(self) -> Any:
+        return Replaced, ()
+
+
 class Unstable(Component):
     kind: Literal["unstable"] = "unstable"
 
@@ -131,6 +198,8 @@ class Unstable(Component):
         (Nameless(kind="x"), "no fixed kind"),
         (Forgetful(), "disagree with its marker"),
         (Unstable(), "changes through YAML"),
+        (Unsendable(), "unsendable cannot be sent to another process, as --workers does: a lock cannot"),
+        (Replaced(value=1), "replaced is another value in another process"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -202,6 +271,10 @@ class Network(torch.nn.Module):
             images = torch.nn.functional.dropout(images, training=True)
         if self.fault == "batch norm":
             images = images - images.mean(dim=0)
+        if self.fault == "detached":
+            images = images.detach()
+        if self.fault == "infinite gradient":
+            images = (images - images.detach()).sqrt()
         if self.fault == "position":
             images = images + torch.arange(len(images))[:, None, None, None]
         return images.flatten(1) @ self.weight.T
@@ -220,8 +293,21 @@ class Strange(Checkpoint):
             return ""
         return self.path if self.fault == "moved" else sha256(Path(self.path))
 
+    def takes(self) -> int | None:
+        return 2 if self.fault == "channels" else None
+
+    def fits(self, height: int, width: int) -> None:
+        if self.fault == "size":
+            raise ValueError(f"9x9 alone, not {width}x{height}")
+
     def load(self) -> torch.nn.Module:
         return Network(self.fault)
+
+
+class Black(Strange):
+    """Its networks have no gradient, and it says so."""
+
+    differentiable: ClassVar[bool] = False
 
 
 @pytest.mark.parametrize(
@@ -232,6 +318,10 @@ class Strange(Checkpoint):
         ("dropout", "other logits the second time|global random"),
         ("batch norm", "images beside"),
         ("position", "order of the images"),
+        ("channels", "says that it takes images of 2 channels, not of 1"),
+        ("size", "s does not take what it is checked on: 9x9 alone, not 8x8"),
+        ("detached", "have no gradient; if they cannot, set differentiable = False"),
+        ("infinite gradient", "gradient of the logits of s is not finite"),
         ("unread", "goes unnoticed"),
         ("moved", "depends on where"),
     ],
@@ -242,6 +332,8 @@ def test_checkpoints(fault: str, message: str, tmp_path: Path) -> None:
     with rng.seeded(0), pytest.raises(AssertionError, match=message):
         testing.check_checkpoint(Strange(id="s", fault=fault, path=path))
     testing.check_checkpoint(Strange(id="s", fault="", path=path))
+    if fault == "detached":
+        testing.check_checkpoint(Black(id="s", fault=fault, path=path))
 
 
 class Doubtful(Dataset):
@@ -269,7 +361,10 @@ class Doubtful(Dataset):
             index = torch.tensor(sorted(rows) if self.fault == "order" else list(rows))
             return images[index], index
 
-        return Images(ids, read)
+        return Images(ids, read, labels=list(range(1, 9)) if self.fault == "told" else None)
+
+    def covers(self) -> tuple[int, ...]:
+        return {"covers": (0, 1, 2), "order of classes": (1, 0)}.get(self.fault, ())
 
 
 COUNTER: dict[str, int] = {}
@@ -284,6 +379,9 @@ COUNTER: dict[str, int] = {}
         ("alias", "read again"),
         ("order", "order in which they are read"),
         ("thinned", "every 2nd image"),
+        ("told", "tells other labels"),
+        ("covers", "has the label 3, which is not among the classes that it covers"),
+        ("order of classes", "covers do not increase"),
     ],
 )
 def test_datasets(fault: str, message: str) -> None:

@@ -18,6 +18,7 @@ from robustbench_diffaug.engine import plan
 from robustbench_diffaug.evaluators.smoothing import Smoothing
 from robustbench_diffaug.executors import processes, threads
 from robustbench_diffaug.records import Declared, to_table
+from robustbench_diffaug.report import page
 from robustbench_diffaug.store import Cell, Store
 from robustbench_diffaug.suite import Bench, Suite, load
 
@@ -31,10 +32,10 @@ benches:
 """
 
 
-def started(folder: Path) -> subprocess.Popen[str]:
+def started(folder: Path, size: int = 4000) -> subprocess.Popen[str]:
     """A long run with two workers, in a process group of its own, when it has written its first files."""
     path = folder / "suite.yaml"
-    path.write_text(LONG)
+    path.write_text(LONG.replace("size: 4000", f"size: {size}"))
     arguments = [
         sys.executable,
         "-m",
@@ -88,12 +89,27 @@ def test_ctrl_c_stops_all_processes_without_a_traceback(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*.parquet"))
 
 
-def test_workers_do_not_outlive_a_command_that_is_killed(tmp_path: Path) -> None:
-    process = started(tmp_path)
+def test_workers_do_not_outlive_a_command_that_is_killed_and_what_is_finished_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "render", lambda *given: "")  # which takes the longest
+    process = started(tmp_path, 40)
     assert len(group_of(process)) >= 3
     process.kill()
     process.communicate(timeout=240)
     assert left_of(process) == []
+    finished = {path: path.read_bytes() for path in tmp_path.rglob("*.parquet") if not path.name.startswith(".")}
+    assert 0 < len(finished) < 40
+    loaded = load(str(tmp_path / "suite.yaml"))
+    assert runs.execute(loaded, runs.Options(tmp_path / "run")).computed == 40 - len(finished)
+    runs.execute(loaded, runs.Options(tmp_path / "whole"))
+    names = ["metrics.csv", "metrics.parquet", "leaderboard.csv"]
+    names += [
+        path.relative_to(tmp_path / "whole").as_posix() for path in (tmp_path / "whole/records").rglob("*.parquet")
+    ]
+    assert len(names) == 43
+    for name in names:
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_outcomes_come_as_they_are_finished_and_closing_stops(tmp_path: Path) -> None:

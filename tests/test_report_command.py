@@ -108,7 +108,7 @@ def test_a_report_replaces_an_earlier_one_alone(root: Path, tmp_path: Path) -> N
     runs.report(root, tmp_path / "out", [ALPHA])
     done = runs.report(root, tmp_path / "out", formats=["csv"])
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"manifest.json", "digests.txt", *runs.FORMATS["csv"]}
+    assert names == {"manifest.json", "digests.txt", "wide.csv", *runs.FORMATS["csv"]}
     assert sha256(tmp_path / "out/digests.txt") == done.digest
     (tmp_path / "out/thesis.tex").touch()
     with pytest.raises(ValueError, match="is not empty and holds no report"):
@@ -146,7 +146,7 @@ def test_bad_usage(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         ((root, root), "one report of 2 runs cannot be made"),
         ((tmp_path / "none",), "there is no folder"),
         ((tmp_path,), "is no finished run folder: it has no manifest.json"),
-        ((root, "--format", "latex"), "no format is called 'latex'"),
+        ((root, "--format", "tex"), "no format is called 'tex'"),
         ((root, "--format", "csv"), "say where it goes with --output"),
         ((root, "--set", ALPHA), "say where it goes with --output"),
         ((root, "-o", root / "more"), "lies in the run folder"),

@@ -70,13 +70,18 @@ ROLES: dict[str, Dataset] = {"ood": Mixture(name="check", group="id", size=7)}
 UNET = UNet(folder="rdiff:zoo/mnist5k-ddpm", microbatch=4)
 DENOISERS: dict[str, list[tuple[Denoiser, tuple[int, int, int]]]] = {
     "adm": [],  # needs a file of weights: tests/diffusion/test_adm.py runs check_denoiser
+    "edm": [],  # needs a function of the user's: tests/diffusion/test_edm.py runs check_denoiser
     "mixture": [(MixtureDenoiser(), (1, 8, 8)), (MixtureDenoiser(clip=False), (1, 8, 8))],
     "unet": [(UNET, (1, 32, 32)), (UNET.model_copy(update={"precision": "bfloat16"}), (1, 32, 32))],
 }
 CHECKPOINTS: dict[str, list[tuple[Checkpoint, tuple[int, int, int]]]] = {
     "denoiser": [],  # has no logits
+    # Each needs files of its own: tests/checkpoints/test_exported.py, test_hugging_face.py, test_onnx.py,
+    # test_robustbench.py and test_torchvision.py run check_checkpoint.
+    **{name: [] for name in ("export", "hf", "onnx", "robustbench", "torchscript", "torchvision")},
     "local": [(Local(id="l", arch=f"{__name__}:linear", classes=4), (1, 8, 8))],
     "mixture": [(Bayes(id="b", classes=4), (1, 8, 8))],
+    "module": [],  # needs a network of this process: tests/test_api.py runs check_checkpoint
     "timm": [(entry, (1, 32, 32)) for entry in BUNDLED.values()],
 }
 FEW = Mnist5k(limit=6)

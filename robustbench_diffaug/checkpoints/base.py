@@ -18,7 +18,7 @@ from robustbench_diffaug.checkpoints.model import Model
 from robustbench_diffaug.component import Component, Later, Outside, Value, fingerprint
 from robustbench_diffaug.diffusion.base import Denoiser
 
-__all__ = ["Checkpoint", "Preprocess", "normalising"]
+__all__ = ["Checkpoint", "Preprocess", "forget", "normalising"]
 
 Fraction = Annotated[float, Field(gt=-10, lt=10)]
 
@@ -95,11 +95,16 @@ class Checkpoint(Component, ABC):
             Such a network takes the planes of `conditioning.packed`, and `preprocess` is left as it is.
         head: The dotted name of the last layer, whose input are the features; empty to find it.
         microbatch: The number of images in every call of the network, part of the identity (see `fixed_shape`).
+        expect_accuracy: On clean images, a fraction in ]0, 1]: a run does not begin if some images say otherwise.
     """
 
     family: ClassVar[str] = "robustbench_diffaug.checkpoints"
     may_normalise: ClassVar[bool] = True
     """Whether its networks may have a layer of their own that normalises images; `warnings` then builds and looks."""
+    differentiable: ClassVar[bool] = True
+    """Whether its networks have gradients, which some evaluators need."""
+    layered: ClassVar[bool] = True
+    """Whether the layers of its networks can be looked at, which some evaluators need."""
     id: Annotated[str, Outside] = Field(min_length=1, max_length=120)
     classes: PositiveInt
     preprocess: Preprocess = Preprocess()
@@ -107,6 +112,7 @@ class Checkpoint(Component, ABC):
     wants: tuple[Want, ...] = ()
     head: Annotated[str, Later] = ""
     microbatch: PositiveInt = 128
+    expect_accuracy: Annotated[float | None, Outside] = Field(None, gt=0, le=1)
 
     @model_validator(mode="after")
     def _wanted(self) -> "Checkpoint":
@@ -131,6 +137,26 @@ class Checkpoint(Component, ABC):
             ValueError: As `load`.
         """
         return
+
+    def takes(self) -> int | None:
+        """The channels of the images that it takes; None where that is not known.
+
+        Default: its field `channels`, or as many as `preprocess` has means. Three channels take grey images too.
+        """
+        means = len(self.preprocess.mean)
+        return getattr(self, "channels", None if means == 1 else means)
+
+    def fits(self, height: int, width: int) -> None:
+        """Finds that it takes images of a size. Default: any.
+
+        Raises:
+            ValueError: If it does not; the message says what to write.
+        """
+        return
+
+    def about(self) -> tuple[tuple[str, str], ...]:
+        """What its kind knows of the network, as pairs of a word and a text for `rdiff check`. Default: nothing."""
+        return ()
 
     def analysed(self) -> Denoiser | None:
         """The denoiser, where an entry is one and no classifier. Default: it is a classifier."""
@@ -165,9 +191,20 @@ class Checkpoint(Component, ABC):
         return tuple(found)
 
     @final
-    def loaded(self, limits: Limits) -> Model:
-        """The network behind its preprocessing, loaded once per process and device, and compiled if that is asked."""
-        return _loaded(self, fingerprint(self), limits.device, limits.compile)
+    def loaded(self, limits: Limits, keep: bool = True) -> Model:
+        """The network behind its preprocessing, loaded once per process and device, and compiled if that is asked.
+
+        Arguments:
+            limits: The device, and whether the network is compiled.
+            keep: Whether it stays in memory for the next call.
+        """
+        load = _loaded if keep else _loaded.__wrapped__
+        return load(self, fingerprint(self), limits.device, limits.compile)
+
+
+def forget() -> None:
+    """Frees the memory of all networks that `loaded` keeps."""
+    _loaded.cache_clear()
 
 
 MEAN = re.compile("_?(image_|pixel_|input_)?(means?|mu)_?")
@@ -221,4 +258,5 @@ def _loaded(
     if compiled:
         network.compile(dynamic=False)  # it is called in one shape
     shape = (checkpoint.classes, checkpoint.microbatch, dtype)
-    return Model(checkpoint.id, network, checkpoint.preprocess, *shape, checkpoint.wants, checkpoint.head)
+    seen = (*shape, checkpoint.wants, checkpoint.head)
+    return Model(checkpoint.id, network, checkpoint.preprocess, *seen, channels=checkpoint.takes())

@@ -30,6 +30,7 @@ class Model:
         wants: What it sees besides the image.
         head: The dotted name of its last layer; empty to find it.
         denoise: The denoiser, where that is what is analysed; then there are no logits.
+        channels: Of the images that it takes, where that is known; grey ones are shown to three channels alike.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Model:
     wants: tuple[Want, ...] = ()
     head: str = ""
     denoise: Denoise | None = None
+    channels: int | None = None
 
     def logits(
         self,
@@ -115,10 +117,15 @@ class Model:
             wanted = " and ".join(self.wants)
             raise ValueError(f"{self.id} classifies noisy images and wants {wanted} with each; this evaluator has none")
         twin = denoised.reshape(flat.shape) if denoised is not None and "denoised" in self.wants else None
-        return packed(flat, sigma.reshape(-1).to(flat), twin)
+        coloured = None if twin is None else self._coloured(twin)
+        return packed(self._coloured(flat), sigma.reshape(-1).to(flat), coloured)
+
+    def _coloured(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h w"]:
+        """Grey images three times over for a network of three channels; their gradient is the sum over these."""
+        return images.expand(-1, 3, -1, -1) if self.channels == 3 and images.shape[1] == 1 else images
 
     def _prepared(self, images: Tensor) -> Tensor:
-        prepared = images if self.wants else self.preprocess(images)
+        prepared = images if self.wants else self.preprocess(self._coloured(images))
         return prepared.to(dtype=self.dtype, memory_format=torch.channels_last)
 
     def _forward(self, images: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ Part = TypeVar("Part", "Placements", "Replicates")
 RESAMPLES = 200
 BLOCK = 1 << 16  # weights held at once: 0.5 MB an array, which stays in cache; no result depends on it
 NOTHING = 1e-12  # a spread that is rounding
+FEW = 10  # images, from fewer of which no spread can be told
 UNPAIRED = "they cannot be paired; take those that all have"
 
 
@@ -113,6 +114,11 @@ class Placements:
         """The number of images of each sample outside."""
         return {name: len(part) for name, part in self.outside.items()}
 
+    @property
+    def error(self) -> float:
+        """The standard error; 0 where it cannot be told."""
+        return self._spread()[0]
+
     def _spread(self) -> tuple[float, float]:
         """The standard error and Welch's degrees of freedom; 0 error where it cannot be told."""
         if self._trials == 1:
@@ -131,10 +137,10 @@ class Placements:
 
         Without spread, as for samples that a score separates, m disjoint draws of one image from every sample are m
         trials that all gave v, m the size of the smallest; with u the unseen share of m and [a, b] the span, the
-        interval is [v - u (v - a), v + u (b - v)].
+        interval is [v - u (v - a), v + u (b - v)]. With fewer than ten misplaced images, or rightly placed ones, inside
+        or outside, the interval reaches at least as far as that; of a difference images count whose placements differ.
 
-        Simulated 95 % intervals of one area hold it in 93 to 97 % where 10 misplaced images of each sample are
-        expected, and in 88 % at the worst where they are fewer (an area of 0.99 from 50 images).
+        Simulated 95 % intervals of one area hold it in 93 to 98 %, whether 0.01 or 50 misplaced images are expected.
 
         Arguments:
             level: The coverage, in ]0, 1[.
@@ -146,16 +152,30 @@ class Placements:
             raise ValueError(f"level must lie in ]0, 1[, found {level}")
         value, (least, most) = self.value, self.span
         error, free = self._spread()
+        share = unseen(self._trials, level) if not error or self._few() else 0.0
+        low, high = value - share * (value - least), value + share * (most - value)
         if not error:
-            share = unseen(self._trials, level)
-            return Estimate(value, value - share * (value - least), value + share * (most - value), self.n)
+            return Estimate(value, low, high, self.n)
         margin = float(stdtrit(free, (1 + level) / 2)) * error
         if least < 0:
-            return Estimate(value, max(least, value - margin), min(most, value + margin), self.n)
-        share = value / most
-        centre, width = log(share / (1 - share)), margin / (most * share * (1 - share))
-        low, high = (most * float(expit(centre + side)) for side in (-width, width))
-        return Estimate(value, min(low, value), max(high, value), self.n)
+            return Estimate(value, max(least, min(low, value - margin)), min(most, max(high, value + margin)), self.n)
+        part = value / most
+        centre, width = log(part / (1 - part)), margin / (most * part * (1 - part))
+        ends = [most * float(expit(centre + side)) for side in (-width, width)]
+        return Estimate(value, min(low, ends[0]), max(high, ends[1]), self.n)
+
+    def _few(self) -> bool:
+        """Whether fewer than ten images of a kind, inside or outside, are what the spread is told from.
+
+        Of a difference the kind is those whose placement differs, else those that are not at an end of what it can be.
+        """
+        tops = (0.0,) if self.span[0] < 0 else (0.0, 1.0)  # shares of the largest placement
+        for top in tops:
+            odd = self.clusters[np.abs(self.inside - top * self.span[1]) > NOTHING]
+            parts = [np.abs(part - top * np.abs(part).max()) > NOTHING for part in self.outside.values()]
+            if min(len(np.unique(odd)), sum(int(part.sum()) for part in parts)) < FEW:
+                return True
+        return False
 
     def pvalue(self) -> float:
         """The two-sided p-value of a difference being 0, by the statistic value / error.

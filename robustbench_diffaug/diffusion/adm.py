@@ -1,6 +1,5 @@
 """Diffusion models of guided-diffusion (ADM) and improved-diffusion, from their own files of weights."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,14 +13,10 @@ from torch import Tensor, nn
 from robustbench_diffaug.diffusion.adm_mapping import PUBLISHED, Flags, Told, mapped, unet
 from robustbench_diffaug.diffusion.base import ConditionalDenoise, Denoise, Denoiser, Posterior, Sigma
 from robustbench_diffaug.diffusion.unet import as_conditional, as_denoise
-from robustbench_diffaug.files import Weights, existing
+from robustbench_diffaug.files import Weights
+from robustbench_diffaug.weight_files import examine
 
 __all__ = ["Adm", "read_state"]
-
-ZIP = b"PK\x03\x04"
-"""How files of torch.save begin since torch 1.6."""
-OLD = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-"""How they began before: a pickle of torch's magic number."""
 
 
 class Adm(Denoiser):
@@ -177,30 +172,15 @@ def read_state(weights: Weights) -> Mapping[str, Tensor]:
 
 def _checked(weights: Weights) -> tuple[Path, bool]:
     """The path of a file of weights with the right digest, and whether it is one of torch.save."""
-    path = existing(weights.uri)
-    start = b""
-    if path.is_file():
-        with path.open("rb") as file:
-            start = file.read(len(OLD))
-    if not start.startswith((ZIP, OLD)):
-        return weights.check(), False
-    digest = Weights(uri=weights.uri).contents()
-    if weights.sha256 not in ("", digest):
-        raise ValueError(f"{weights.uri} has sha256 {digest}, not {weights.sha256}: another or a damaged file")
-    return path, True
+    path = weights.check()
+    return path, examine(path, weights.uri).form == "torch"
 
 
 def _unpickled(path: Path, uri: str) -> object:
     """What torch's unpickler of plain values makes of a file; it calls nothing that the file names."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file makes torch raise
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        if named:
-            raise ValueError(
-                f"{uri} is a pickle that names {named[1][:80]}, which is no tensor and could run code, and was "
-                "not read; needed is a plain dict of tensors, as published, or safetensors"
-            ) from error
+    except Exception as error:  # whatever torch's loader finds that the look at the file did not
         reason = str(error).strip().partition("\n")[0][:160]
         raise ValueError(f"{uri} is damaged, or no file of weights ({type(error).__name__}: {reason})") from error
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -22,19 +22,22 @@ from robustbench_diffaug.diffusion.base import (
     Sigma,
     check_labels,
 )
-from robustbench_diffaug.files import Digest, Location, Weights, existing
+from robustbench_diffaug.files import Digest, Location, Missing, Weights, existing
 
 __all__ = ["UNet", "as_conditional", "as_denoise", "save"]
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 CONFIG = "unet/config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
+Predicts: TypeAlias = Literal["epsilon", "sample", "v_prediction"]
+"""What a network of a diffusion model gives: the noise, the image, or v, in diffusers' words."""
 
 
 class UNet(Denoiser):
     """A folder written by diffusers: `unet/` (config and safetensors) and `scheduler/`.
 
-    A network of K classes has `num_class_embeds` = K + 1 in its configuration; the last embedding is that of no class.
+    Such is a saved DDPMPipeline, too. The network may predict the noise, the image ('sample') or v ('v_prediction').
+    One of K classes has `num_class_embeds` = K + 1 in its configuration; the last embedding is that of no class.
 
     Arguments:
         folder: Its path.
@@ -97,7 +100,9 @@ class UNet(Denoiser):
     def load(self, device: torch.device) -> Denoise:
         """The network, in evaluation mode, without going through any hub; a class-conditional one is told no class."""
         schedule, classes = schedule_of(existing(self.folder)), self.classes()
-        return as_denoise(self._network(device), schedule, self.precision, self.clip, self.microbatch, classes)
+        return as_denoise(
+            self._network(device), schedule, self.precision, self.clip, self.microbatch, classes, self._predicts()
+        )
 
     def load_conditional(self, device: torch.device) -> ConditionalDenoise:
         """The network that is told the class.
@@ -111,7 +116,9 @@ class UNet(Denoiser):
                 f"{self.folder} knows no classes: unet/config.json has no num_class_embeds; "
                 "give a denoiser that was trained with classes"
             )
-        return as_conditional(self._network(device), schedule, classes, self.precision, self.clip, self.microbatch)
+        return as_conditional(
+            self._network(device), schedule, classes, self.precision, self.clip, self.microbatch, self._predicts()
+        )
 
     def _network(self, device: torch.device) -> nn.Module:
         import robustbench_diffaug.torchvision_guard  # noqa: F401  # isort: skip
@@ -128,8 +135,13 @@ class UNet(Denoiser):
         return network.to(device)
 
     def _config(self) -> dict[str, Any]:
-        config: dict[str, Any] = json.loads(_read(existing(self.folder), CONFIG))
+        config = _json(existing(self.folder), CONFIG)
+        if (kind := config.get("_class_name", "UNet2DModel")) != "UNet2DModel":
+            raise ValueError(f"{self.folder}/{CONFIG} is a {kind}; needed is a UNet2DModel, of images and no text")
         return config
+
+    def _predicts(self) -> Predicts:
+        return predicted(existing(self.folder))
 
     def _weights(self) -> Weights:
         return Weights(uri=f"{self.folder}/{WEIGHTS}", sha256=self.sha256)
@@ -141,13 +153,17 @@ def schedule_of(root: Path) -> Schedule:
     Raises:
         ValueError: If it is one that rdiff has no formula for.
     """
-    config = json.loads(_read(root, SCHEDULER))
+    config = _json(root, SCHEDULER)
+    lacking = [
+        name for name in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end") if name not in config
+    ]
+    if lacking:
+        kind = config.get("_class_name", "this scheduler")
+        raise ValueError(f"{root / SCHEDULER} has no {lacking[0]}: {kind} is not supported; needed is one as of DDPM")
+    if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
+        raise ValueError(f"{root / SCHEDULER}: trained_betas and rescale_betas_zero_snr are not supported")
+    predicted(root)
     steps, betas = int(config["num_train_timesteps"]), config["beta_schedule"]
-    predicted = config.get("prediction_type", "epsilon")
-    if predicted != "epsilon":
-        raise ValueError(
-            f"{root / SCHEDULER}: prediction_type {predicted} is not supported; needed is epsilon, the noise"
-        )
     ends = (config["beta_start"] * steps, config["beta_end"] * steps)
     if betas == "linear" and np.allclose(ends, (0.1, 20.0)):
         return Schedule(betas="linear", steps=steps)
@@ -158,8 +174,33 @@ def schedule_of(root: Path) -> Schedule:
     )
 
 
+def predicted(root: Path) -> Predicts:
+    """What the network predicts, by diffusers' scheduler configuration.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    found = _json(root, SCHEDULER).get("prediction_type", "epsilon")
+    if found not in get_args(Predicts):
+        raise ValueError(f"{root / SCHEDULER}: prediction_type {found} is not one of {', '.join(get_args(Predicts))}")
+    kind: Predicts = found
+    return kind
+
+
 def _read(root: Path, name: str) -> bytes:
     return existing(str(root / name)).read_bytes()
+
+
+def _json(root: Path, name: str) -> dict[str, Any]:
+    try:
+        config = json.loads(_read(root, name))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, Missing):
+            raise
+        raise ValueError(f"{root / name} is no JSON: {str(error)[:200]}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{root / name} is no mapping")
+    return config
 
 
 @lru_cache(maxsize=16)
@@ -174,11 +215,13 @@ def as_denoise(
     clip: bool = True,
     microbatch: int | None = None,
     classes: int | None = None,
+    predicts: Predicts = "epsilon",
 ) -> Denoise:
-    """A noise-predicting network of images in [-1, 1] as `D(x, sigma)` of images in [0, 1].
+    """A network of a diffusion model, of images in [-1, 1] as `D(x, sigma)` of images in [0, 1].
 
-    With `s = 2 sigma` and `z = 2 x - 1` the network sees `z / sqrt(1 + s^2)` at the time of `s`, predicts `eps`, and
-    the clean image is `z - s eps`. With two outputs a pixel the second half is the learned variance, passed on.
+    With `s = 2 sigma` and `z = 2 x - 1` the network sees `u = z / sqrt(1 + s^2)` at the time of `s`. If it predicts
+    `eps`, the clean image is `z - s eps`; if v, it is `(u - s v) / sqrt(1 + s^2)`; else it is the output. With two
+    outputs a pixel the second half is the learned variance, passed on.
 
     Arguments:
         network: Called as `network(images, times)`; returns an object with `.sample`, as diffusers' do.
@@ -187,8 +230,13 @@ def as_denoise(
         clip: Whether the estimate is clamped to [0, 1].
         microbatch: The one shape in which it is called; None calls it with what there is.
         classes: Of a class-conditional network, which is told `class_labels=classes`: no class.
+        predicts: What the network's output is.
+
+    References:
+        Progressive Distillation for Fast Sampling of Diffusion Models (Salimans and Ho, 2022), appendix D, on v,
+        https://arxiv.org/abs/2202.00512
     """
-    estimate = _estimate(network, schedule, precision, clip, microbatch)
+    estimate = _estimate(network, schedule, precision, clip, microbatch, predicts)
 
     def denoise(noisy: Float[Tensor, "*n c h w"], sigma: Sigma) -> Posterior:
         if classes is None:
@@ -205,6 +253,7 @@ def as_conditional(
     precision: str = "float32",
     clip: bool = True,
     microbatch: int | None = None,
+    predicts: Predicts = "epsilon",
 ) -> ConditionalDenoise:
     """A class-conditional network as `D(x, sigma, label)`; otherwise as `as_denoise`.
 
@@ -215,8 +264,9 @@ def as_conditional(
         precision: Of its arithmetic.
         clip: Whether the estimate is clamped to [0, 1].
         microbatch: The one shape in which it is called; None calls it with what there is.
+        predicts: What the network's output is.
     """
-    estimate = _estimate(network, schedule, precision, clip, microbatch)
+    estimate = _estimate(network, schedule, precision, clip, microbatch, predicts)
 
     def denoise(noisy: Float[Tensor, "*n c h w"], sigma: Sigma, labels: Int[Tensor, "*n"]) -> Posterior:
         check_labels(labels, classes)
@@ -226,7 +276,7 @@ def as_conditional(
 
 
 def _estimate(
-    network: nn.Module, schedule: Schedule, precision: str, clip: bool, microbatch: int | None
+    network: nn.Module, schedule: Schedule, precision: str, clip: bool, microbatch: int | None, predicts: Predicts
 ) -> Callable[[Tensor, Sigma, Tensor | None], Posterior]:
     """The posterior given images, levels and the labels that the network takes, None where it takes none."""
     dtype: torch.dtype = getattr(torch, precision)
@@ -258,7 +308,13 @@ def _estimate(
             return output.to(exact)
 
         output = call(packed) if microbatch is None else fixed_shape(call, packed, microbatch)
-        clean = (signed - doubled * output[:, :channels] + 1) / 2
+        found = output[:, :channels]
+        if predicts == "epsilon":
+            clean = (signed - doubled * found + 1) / 2
+        elif predicts == "v_prediction":
+            clean = ((scaled - doubled * found) / (1 + doubled**2).sqrt() + 1) / 2
+        else:
+            clean = (found + 1) / 2
         clean = clean.clamp(0, 1) if clip else clean
         spread = output[:, channels:].reshape(noisy.shape).to(noisy.dtype) if output.shape[1] > channels else None
         return Posterior(clean.reshape(noisy.shape).to(noisy.dtype), spread)

@@ -12,6 +12,7 @@ from robustbench_diffaug.checkpoints.model import Model
 from robustbench_diffaug.component import Component
 from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.diffusion.base import Denoiser
+from robustbench_diffaug.outcomes import Basis, Key
 from robustbench_diffaug.records import Metric, Picture, Records
 
 __all__ = ["Evaluator", "Forwards"]
@@ -60,8 +61,8 @@ class Passes(NamedTuple):
 class Evaluator(Component, ABC):
     """What to show to checkpoints, what to keep of their answers, and the figures that follow.
 
-    A subclass has fields, no state, and may replace `views`, `record`, `constants`, `compare`, `notices`, `pictures`,
-    `forwards`, `denoisers`, `check` and `fits`.
+    A subclass has fields, no state, and may replace `views`, `record`, `constants`, `compare`, `outcomes`, `notices`,
+    `pictures`, `forwards`, `denoisers`, `check`, `fits`, `needs_gradient` and `needs_layers`.
     """
 
     family: ClassVar[str] = "robustbench_diffaug.evaluators"
@@ -71,6 +72,16 @@ class Evaluator(Component, ABC):
     """Whether the denoisers that it analyses must not clamp their output, which would zero rows of a Jacobian."""
     heavy: ClassVar[tuple[str, ...]] = ()
     """Columns that are too large to be held: `metrics` reads them by `Records.chunks`."""
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether it takes gradients of classifiers. Default: it does not."""
+        return False
+
+    @property
+    def needs_layers(self) -> bool:
+        """Whether it looks at the last layer of classifiers. Default: it does not."""
+        return False
 
     def views(self, batch: Batch) -> Iterator[View]:
         """Images to show, the same for every checkpoint. Default: the batch itself."""
@@ -104,6 +115,16 @@ class Evaluator(Component, ABC):
             records: Reads those of one checkpoint.
         """
         return ()
+
+    def outcomes(self, records: Records) -> Mapping[Key, Basis]:
+        """What figures rest on, by metric and group, so that checkpoints can be tested in pairs. Default: nothing.
+
+        The mean of each is the value that `metrics` gives.
+
+        Arguments:
+            records: All of one checkpoint, of at least one row.
+        """
+        return {}
 
     def notices(self, records: Records) -> Iterable[str]:
         """What a reader must know of one checkpoint's figures. Default: nothing."""

@@ -10,14 +10,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from robustbench_diffaug.checkpoints.model import Model
+from robustbench_diffaug.checkpoints.outputs import are_probabilities
 from robustbench_diffaug.diffusion.base import Denoise
 
 __all__ = ["Pulled", "Rising", "Shown", "Through", "gradient_of", "logits_of", "pulled", "pulled_back", "rising"]
 
 Through: TypeAlias = Literal["image", "denoised", "chain"]
 """To what a gradient is taken: the image itself, its denoised twin, or the image by way of the denoiser."""
-
-ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # how far probabilities may add up beside 1
 
 
 class Rising(NamedTuple):
@@ -126,9 +125,7 @@ def logits_of(
         raise ValueError(f"{model.id} has one class, whose probability is 1 whatever the image; two are needed")
     levels = None if sigma is None else torch.full((len(images),), sigma, dtype=torch.float64, device=images.device)
     logits = model.logits(images, levels, denoised)
-    values = logits.detach().double()
-    sums_up = (values.sum(dim=1) - 1).abs() < ROUNDING.get(model.dtype, 1e-4)
-    if bool(sums_up.all()) and bool((values >= 0).all()):
+    if are_probabilities(logits, model.dtype):
         raise ValueError(f"{model.id} returns probabilities, and gradients are of logits; leave out its last softmax")
     return logits
 

@@ -1,7 +1,7 @@
 """What a classifier is worth as a guide: images that it leads a denoiser to, compared with real ones."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -23,6 +23,7 @@ from robustbench_diffaug.diffusion.guidance import Guide, LogLikelihood, Sampler
 from robustbench_diffaug.evaluators import gains
 from robustbench_diffaug.evaluators.base import Evaluator, Forwards
 from robustbench_diffaug.evaluators.differentiable import gradient_of, logits_of
+from robustbench_diffaug.outcomes import Basis, Deferred, Key, Rows
 from robustbench_diffaug.paired import paired_difference
 from robustbench_diffaug.records import Better, Metric, Picture, Records, shared
 from robustbench_diffaug.samples import (
@@ -157,6 +158,11 @@ class Generation(Evaluator):
         """The one that draws."""
         return (self.denoiser,)
 
+    @property
+    def needs_gradient(self) -> bool:
+        """It does."""
+        return True
+
     def forwards(self) -> Forwards:
         """A pass of denoiser and guide, and a pass back, in each step at each scale, anew for each checkpoint.
 
@@ -188,6 +194,15 @@ class Generation(Evaluator):
             yield from self._against(records, index, headline) if self._enough(real, made) else ()
         if len(real) and len(made):
             yield from self._judged(real, 0, "/real", False)
+
+    def outcomes(self, records: Records) -> Mapping[Key, Basis]:
+        """The agreement of the judge with the class asked for, of each image that was made."""
+        rows, made = Rows(records), dict[Key, Callable[[], Basis]]()
+        known = rows.of(lambda found: found.name != self.real) & (records["label"] >= 0)
+        for index, scale in enumerate(self.scales) if known.any() else ():
+            right = records["probabilities"][:, index].argmax(axis=1) == records["label"]
+            made[f"agreement@scale={scale:g}", self.judge.id] = partial(rows.outcomes, right, known)
+        return Deferred(made)
 
     def compare(self, checkpoints: Sequence[str], records: Callable[[str], Records]) -> Iterable[tuple[str, Metric]]:
         """The gains of the checkpoints that `gains` names, over the same labels and noise."""

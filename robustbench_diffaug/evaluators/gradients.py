@@ -20,6 +20,7 @@ from robustbench_diffaug.evaluators import gains, gradients_metrics
 from robustbench_diffaug.evaluators.base import Evaluator, Forwards
 from robustbench_diffaug.evaluators.differentiable import Pulled, Shown, Through, pulled, rising
 from robustbench_diffaug.evaluators.gradients_likeness import ascended, class_means, cosine, hoyer, roughness, tiles
+from robustbench_diffaug.outcomes import Basis, Key
 from robustbench_diffaug.records import Metric, Picture, Records
 
 __all__ = ["Gradients"]
@@ -148,6 +149,11 @@ class Gradients(Evaluator):
 
     def _draws(self, t: int) -> int:
         return self.draws if t else 1
+
+    @property
+    def needs_gradient(self) -> bool:
+        """It does."""
+        return True
 
     def forwards(self) -> Forwards:
         """The views, and of a plain checkpoint its looks at them, steps, and backward passes through D.
@@ -301,6 +307,10 @@ class Gradients(Evaluator):
     def metrics(self, records: Records) -> Iterable[Metric]:
         """Every figure against t, with intervals."""
         return gradients_metrics.metrics(records, self.times)
+
+    def outcomes(self, records: Records) -> Mapping[Key, Basis]:
+        """The figures of each image's gradients at each time, but those that are roots of means."""
+        return gradients_metrics.outcomes(records, self.times)
 
     def compare(self, checkpoints: Sequence[str], records: Callable[[str], Records]) -> Iterable[tuple[str, Metric]]:
         """The paired differences of the checkpoints that `gains` names."""

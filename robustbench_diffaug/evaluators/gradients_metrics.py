@@ -1,6 +1,7 @@
 """Figures of gradients against t, differences between checkpoints, remarks and pictures, from records."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import inf, sqrt
 from typing import Any, NamedTuple
 
@@ -8,10 +9,11 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from robustbench_diffaug import stats
+from robustbench_diffaug.outcomes import Basis, Deferred, Key, Outcomes, Rows
 from robustbench_diffaug.paired import paired_difference
 from robustbench_diffaug.records import Better, Metric, Picture, Records, shared
 
-__all__ = ["gains", "metrics", "notices", "pictures"]
+__all__ = ["gains", "metrics", "notices", "outcomes", "pictures"]
 
 SHOWN = 8  # samples of a picture
 HEADLINE = 300  # the time of the paper's Fig. 3
@@ -49,6 +51,9 @@ FIGURES = (
     Figure("generated_accuracy", "generated", "higher", "fraction", bounded=True),
     Figure("generated_confidence", "generated_confidence", "higher", "fraction", bounded=True),
 )
+
+WIDTHS = {"cosine": 2.0, "of 1": 1.0}
+"""How far figures of a unit can be apart."""
 
 
 def metrics(records: Records, times: Sequence[int]) -> Iterator[Metric]:
@@ -102,6 +107,31 @@ def _mean(
     if not figure.root:
         return found
     return stats.Estimate(sqrt(found.value), sqrt(max(0.0, found.low)), sqrt(max(0.0, found.high)), found.n)
+
+
+def outcomes(records: Records, times: Sequence[int]) -> Deferred:
+    """What figures are means of: all of `metrics` but the roots of means.
+
+    Arguments:
+        records: Of one checkpoint.
+        times: Those of the columns.
+    """
+    rows, made = Rows(records), dict[Key, Callable[[], Basis]]()
+
+    def mean(column: str, index: int, group: str, severity: int, width: float) -> Outcomes:
+        kept = rows.of(lambda dataset: (dataset.group, dataset.severity) == (group, severity))
+        values = records[column][:, index].astype(np.float64)
+        return rows.outcomes(values, kept & np.isfinite(values), width)
+
+    for group, severity in dict.fromkeys((dataset.group, dataset.severity) for dataset in records.declared):
+        part, label = _part(records, group, severity), f"{group}@s{severity}" if severity else group
+        for through, figure, index, t in _places(part, times):
+            column = f"{through}_{figure.column}"
+            if not figure.root and np.isfinite(part[column][:, index]).any():
+                width = 1.0 if figure.bounded else WIDTHS.get(figure.unit, inf)
+                basis = partial(mean, column, index, group, severity, width)
+                made[f"{PREFIXES[through]}{figure.name}@t={t}", label] = basis
+    return Deferred(made)
 
 
 def gains(records: Records, base: Records, times: Sequence[int]) -> Iterator[Metric]:

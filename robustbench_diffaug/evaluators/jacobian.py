@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from math import inf
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -19,6 +21,7 @@ from robustbench_diffaug.diffusion import jacobian as linear
 from robustbench_diffaug.diffusion.base import Schedule
 from robustbench_diffaug.evaluators import gains
 from robustbench_diffaug.evaluators.base import Evaluator, Forwards
+from robustbench_diffaug.outcomes import Basis, Deferred, Key, Outcomes, Rows
 from robustbench_diffaug.records import Metric, Picture, Records, shared
 
 __all__ = ["Jacobian"]
@@ -180,6 +183,21 @@ class Jacobian(Evaluator):
                 pair = rows["jacobian_trace"][:, index], rows["denoising_error"][:, index]
                 gap = paired.paired_difference(*pair, clusters, key, bounded=False)
                 yield rows.metric(f"trace_gap@t={t}", group, gap, "lower", "directions")
+
+    def outcomes(self, records: Records) -> Mapping[Key, Basis]:
+        """The figures of each image at each time."""
+        rows, made = Rows(records), dict[Key, Callable[[], Basis]]()
+
+        def mean(values: Shaped[np.ndarray, " n"], group: str) -> Outcomes:
+            return rows.outcomes(values, rows.of(lambda dataset: dataset.group == group), inf)
+
+        for group, _ in records.groups():
+            for index, t in enumerate(self.times):
+                for name in FAMILIES:
+                    made[f"{name}@t={t}", group] = partial(mean, records[name][:, index], group)
+                gap = records["jacobian_trace"][:, index] - records["denoising_error"][:, index]
+                made[f"trace_gap@t={t}", group] = partial(mean, gap, group)
+        return Deferred(made)
 
     def compare(self, checkpoints: Sequence[str], records: Callable[[str], Records]) -> Iterable[tuple[str, Metric]]:
         """What the checkpoints that `gains` names have more than others, over the same images and noise."""

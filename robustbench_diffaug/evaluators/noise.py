@@ -16,6 +16,7 @@ from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.diffusion.base import Denoiser, Sigma
 from robustbench_diffaug.evaluators import gains, noise_metrics
 from robustbench_diffaug.evaluators.base import Evaluator, Forwards
+from robustbench_diffaug.outcomes import Basis, Key
 from robustbench_diffaug.records import Metric, Records
 
 __all__ = ["Noise"]
@@ -143,6 +144,10 @@ class Noise(Evaluator):
     def metrics(self, records: Records) -> Iterable[Metric]:
         """Accuracy, entropy, likelihood and calibration by time, early and late entropy, and the random times'."""
         return noise_metrics.metrics(records, self.settings)
+
+    def outcomes(self, records: Records) -> Mapping[Key, Basis]:
+        """Hits, entropies and likelihoods of each image at each time."""
+        return noise_metrics.outcomes(records, self.settings)
 
     def compare(self, checkpoints: Sequence[str], records: Callable[[str], Records]) -> Iterable[tuple[str, Metric]]:
         """The gains of the checkpoints that `gains` names."""

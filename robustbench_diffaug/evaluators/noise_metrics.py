@@ -1,16 +1,18 @@
 """The figures of the noise evaluator, from its records alone."""
 
-from collections.abc import Iterator
-from math import log, nan
+from collections.abc import Callable, Iterator
+from functools import partial
+from math import inf, log, nan
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Shaped
 
 from robustbench_diffaug import paired, stats
+from robustbench_diffaug.outcomes import Basis, Deferred, Key, Outcomes, Rows
 from robustbench_diffaug.records import Metric, Records, shared
 
-__all__ = ["EARLY", "LATE", "Settings", "gains", "metrics"]
+__all__ = ["EARLY", "LATE", "Settings", "gains", "metrics", "outcomes"]
 
 EARLY, LATE = 450, 500
 """The last early and the first late time: the paper's curves with and without DiffAug cross between them."""
@@ -94,6 +96,36 @@ def _at_random(rows: Records, group: str, settings: Settings) -> Metric:
     else:
         estimate = stats.clustered_mean(hits, clusters, rows.key("random", group), bounded=True)
     return rows.metric(f"{settings.front}random-time/accuracy/{group}", group, estimate, headline=True)
+
+
+def outcomes(records: Records, settings: Settings) -> Deferred:
+    """What the curves, the early and late entropies, and the accuracy at random times are means of.
+
+    Arguments:
+        records: Of one checkpoint.
+        settings: Of the evaluator.
+    """
+    rows, front, made = Rows(records), settings.front, dict[Key, Callable[[], Basis]]()
+
+    def hits(column: str, place: int | None, group: str) -> Outcomes:
+        predicted = records[column] if place is None else records[column][:, place]
+        return rows.outcomes(predicted == records["label"], rows.of(lambda dataset: dataset.group == group))
+
+    def mean(name: str, times: int | Bool[np.ndarray, " t"], group: str) -> Outcomes:
+        found = records[f"t_{name}"][:, times]
+        values = found if found.ndim == 1 else found.mean(axis=1)
+        return rows.outcomes(values, rows.of(lambda dataset: dataset.group == group), inf)
+
+    for group, _ in records.groups():
+        for index, t in enumerate(settings.times):
+            made[f"{front}accuracy@t={t}", group] = partial(hits, "t_pred", index, group)
+            for name in ("entropy", "nll"):
+                made[f"{front}{name}@t={t}", group] = partial(mean, name, index, group)
+        for name, mask in settings.halves() if settings.times else ():
+            made[f"{front}entropy/{name}", group] = partial(mean, "entropy", mask, group)
+        if settings.random_time:
+            made[f"{front}random-time/accuracy/{group}", group] = partial(hits, "random_pred", None, group)
+    return Deferred(made)
 
 
 def gains(records: Records, base: Records, settings: Settings) -> Iterator[Metric]:

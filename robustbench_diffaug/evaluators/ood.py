@@ -18,6 +18,7 @@ from robustbench_diffaug.evaluators import gains, ood_metrics
 from robustbench_diffaug.evaluators.base import Evaluator, Forwards
 from robustbench_diffaug.evaluators.ood_gradients import odin
 from robustbench_diffaug.evaluators.ood_scored import ROLES, Protocol
+from robustbench_diffaug.outcomes import Basis, Key
 from robustbench_diffaug.records import Metric, Records
 
 __all__ = ["Odin", "Ood"]
@@ -143,6 +144,16 @@ class Ood(Evaluator):
                     raise ValueError(f"score {name} needs a dataset with group: {role}; add one, or leave {name} out")
         gains.require(self.gains, checkpoints)
 
+    @property
+    def needs_gradient(self) -> bool:
+        """For ODIN alone; GradNorm is a closed form of features and logits."""
+        return self.odin is not None
+
+    @property
+    def needs_layers(self) -> bool:
+        """For all scores of features."""
+        return self.features
+
     def forwards(self) -> Forwards:
         """One forward, and for each temperature of ODIN two more."""
         return Forwards(0, 1 + (2 * len(self.odin.temperatures) if self.odin else 0))
@@ -175,6 +186,10 @@ class Ood(Evaluator):
     def metrics(self, records: Records) -> Iterable[Metric]:
         """Accuracy, and of each score AUROC, FPR@95, AUPR, detection error and AUOSCR by dataset, near and far."""
         return ood_metrics.metrics(records, self.protocol, self.average, self.resamples) if len(records) else ()
+
+    def outcomes(self, records: Records) -> Mapping[Key, Basis]:
+        """Hits of in-distribution images, and the scores of all images, of which areas are made."""
+        return ood_metrics.outcomes(records, self.protocol, self.average)
 
     def compare(self, checkpoints: Sequence[str], records: Callable[[str], Records]) -> Iterable[tuple[str, Metric]]:
         """The gains of the checkpoints that `gains` names."""

@@ -1,8 +1,8 @@
 """Figures of out-of-distribution detection, from records: the protocol's means, gains, curves, and remarks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -12,14 +12,16 @@ from robustbench_diffaug.detection.curves import roc
 from robustbench_diffaug.detection.intervals import Placements, Replicates, average, placements, replicates
 from robustbench_diffaug.detection.scores import SCORES, score_of
 from robustbench_diffaug.evaluators.ood_scored import Protocol, Scored, scored
+from robustbench_diffaug.outcomes import Areas, Basis, Deferred, Key, Rows
 from robustbench_diffaug.records import Better, Metric, Records, shared
 from robustbench_diffaug.stats import Estimate, proportion
 
-__all__ = ["gains", "metrics", "notices"]
+__all__ = ["gains", "metrics", "notices", "outcomes"]
 
 FALSE = tuple(float(rate) for rate in (0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1))
 BINS = 32
 SHOWN = 3  # images that a notice names
+MEANS = ("near", "far", "near-fs", "far-fs")  # of which the scores are averaged
 LOWER = ("fpr95_ood_positive", "fpr95_id_positive", "detection_error")
 
 
@@ -138,7 +140,7 @@ def metrics(records: Records, protocol: Protocol, averaged: Sequence[str], resam
             areas[score] = sheet.area(score, chosen)
             rates[score] = sheet.rates(score, chosen)
             yield from _figures(sheet, score, chosen, areas[score], rates[score])
-        if complete and whole and len(chosen.outside) and chosen.name in ("near", "far", "near-fs", "far-fs"):
+        if complete and whole and len(chosen.outside) and chosen.name in MEANS:
             yield from _averages(sheet, chosen, [areas[s] for s in whole], [rates[s] for s in whole])
     for score in whole:
         yield from _drawn(sheet, score)
@@ -217,6 +219,34 @@ def _drawn(sheet: Sheet, score: str) -> Iterator[Metric]:
         for place in range(BINS):
             name = f"density/{score}/{role}@s={(place + 0.5) / BINS:g}"
             yield _metric(part, name, role, proportion(places == place))
+
+
+def outcomes(records: Records, protocol: Protocol, averaged: Sequence[str]) -> Deferred:
+    """What accuracies are means of, and what areas are made of; rates at a threshold are no means over pairs.
+
+    Arguments:
+        records: Of one checkpoint.
+        protocol: What scores depend on.
+        averaged: The scores that are averaged.
+    """
+    found = scored(records, protocol).scores
+    sheet, rows, made = Sheet(records, found, 0), Rows(records), dict[Key, Callable[[], Basis]]()
+
+    def areas(scores: Sequence[str], chosen: Set, oscr: bool = False) -> Areas:
+        inside, right = sheet.rows(chosen.inside, "group"), sheet.correct if oscr else None
+        columns = [found[score] for score in scores]
+        return rows.areas(columns, inside, chosen.outside, right, len(chosen.inside) > 1)
+
+    for role, name in (("id", "accuracy"), ("csid", "accuracy/csid")):
+        if (mask := sheet.rows([role], "group")).any():
+            made[name, role] = partial(rows.outcomes, sheet.correct, mask)
+    for chosen in sheet.sets():
+        for score in found:
+            made[f"auroc/{score}/{chosen.name}", chosen.name] = partial(areas, (score,), chosen)
+            made[f"auoscr/{score}/{chosen.name}", chosen.name] = partial(areas, (score,), chosen, True)
+        if averaged and all(score in found for score in averaged) and chosen.name in MEANS:
+            made[f"auroc/average/{chosen.name}", chosen.name] = partial(areas, averaged, chosen)
+    return Deferred(made)
 
 
 def gains(

@@ -15,8 +15,9 @@ from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.diffusion.adaptation import Adaptation, Chain, adapt
 from robustbench_diffaug.diffusion.base import Denoise, Denoiser, Posterior, Sigma
 from robustbench_diffaug.diffusion.samplers import ddim, dpm_solver_2
-from robustbench_diffaug.evaluators import shift_metrics
+from robustbench_diffaug.evaluators import shift_metrics, shift_outcomes
 from robustbench_diffaug.evaluators.base import Evaluator, Forwards
+from robustbench_diffaug.outcomes import Basis, Key
 from robustbench_diffaug.records import Metric, Records
 
 __all__ = ["Shift"]
@@ -222,9 +223,17 @@ class Shift(Evaluator):
 
     def metrics(self, records: Records) -> Iterable[Metric]:
         """Accuracies per dataset and their means; calibration; accuracy and entropy against t; what the modes cost."""
-        settings = shift_metrics.Settings(self.modes, self.times, self.steps, self.bins, self.costs())
-        yield from shift_metrics.metrics(records, settings)
+        yield from shift_metrics.metrics(records, self.settings)
         yield from shift_metrics.against_published(records, self.modes, self.baselines)
+
+    @property
+    def settings(self) -> shift_metrics.Settings:
+        """What figures depend on, besides records."""
+        return shift_metrics.Settings(self.modes, self.times, self.steps, self.bins, self.costs())
+
+    def outcomes(self, records: Records) -> Mapping[Key, Basis]:
+        """Hits and proper scores of each image: of all figures but calibration errors, mCE and costs."""
+        return shift_outcomes.outcomes(records, self.settings)
 
     def compare(self, checkpoints: Sequence[str], records: Callable[[str], Records]) -> Iterable[tuple[str, Metric]]:
         """The mCE of each checkpoint relative to those that are named as baselines."""

@@ -16,6 +16,7 @@ from robustbench_diffaug.diffusion.base import Denoiser
 from robustbench_diffaug.evaluators import smoothing_metrics
 from robustbench_diffaug.evaluators.base import Evaluator, Forwards
 from robustbench_diffaug.evaluators.certificates import reach
+from robustbench_diffaug.outcomes import Basis, Key
 from robustbench_diffaug.records import Metric, Records
 
 __all__ = ["Smoothing"]
@@ -184,6 +185,10 @@ class Smoothing(Evaluator):
         if not len(records):
             return ()
         return smoothing_metrics.figures(records, self.sigmas, self.radii, self.alpha, self.rho)
+
+    def outcomes(self, records: Records) -> Mapping[Key, Basis]:
+        """Of each level what is certified, predicted and abstained from, and the radius of each image."""
+        return smoothing_metrics.outcomes(records, self.sigmas, self.radii, self.alpha)
 
 
 def _filled(images: int, shape: int) -> float:

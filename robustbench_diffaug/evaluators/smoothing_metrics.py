@@ -5,7 +5,8 @@ The images are a sample: that is the error of the test set, which intervals are 
 first and has no interval, and every other figure is about the second.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from math import log, sqrt
 
 import numpy as np
@@ -14,11 +15,12 @@ from scipy.special import betaincinv
 from scipy.stats import binom
 
 from robustbench_diffaug import rng, stats
-from robustbench_diffaug.evaluators.certificates import ABSTAIN, certify, predict, reach
+from robustbench_diffaug.evaluators.certificates import ABSTAIN, Certificates, certify, predict, reach
+from robustbench_diffaug.outcomes import Basis, Deferred, Key, Outcomes, Rows
 from robustbench_diffaug.records import Metric, Records
 from robustbench_diffaug.stats import LEVEL, Estimate
 
-__all__ = ["ALL", "band", "figures", "lower", "named", "scores"]
+__all__ = ["ALL", "band", "figures", "lower", "named", "outcomes", "scores"]
 
 ALL = "all sigmas"
 """The group of figures that are of no single noise level."""
@@ -56,7 +58,7 @@ def figures(
 
 def scores(records: Records, index: int, sigma: float, alpha: float) -> Scores:
     """The certified radius of each image where the class is right, and -1 where it is not, or there is none."""
-    found = certify(records["select"][:, index], records["estimate"][:, index], sigma, alpha)
+    found = _certified(records, index, sigma, alpha)
     return np.where(found.prediction == records["label"], found.radius, -1.0)
 
 
@@ -87,6 +89,55 @@ def _of_level(
     share = stats.clustered_mean(radius_shares, _images(records), key, bounded=True)
     mean = Estimate(share.value * most, share.low * most, share.high * most, share.n)
     yield records.metric("acr", group, mean, unit="pixels", headline=True)
+
+
+def outcomes(records: Records, sigmas: Sequence[float], radii: Sequence[float], alpha: float) -> Deferred:
+    """What the figures of single noise levels, and `certified-any`, are means of.
+
+    The figures of a level that is chosen by these very images, or by half of them, have none.
+
+    Arguments:
+        records: Of one checkpoint.
+        sigmas: The levels, as in the records.
+        radii: Of certified accuracy.
+        alpha: The probability that a certificate is wrong, in (0, 1/2).
+    """
+    rows, made = Rows(records), dict[Key, Callable[[], Basis]]()
+    at = cache(lambda index, share: scores(records, index, sigmas[index], share))
+
+    def certified(index: int, radius: float) -> Outcomes:
+        return rows.outcomes(at(index, alpha) >= radius)
+
+    def anywhere(radius: float) -> Outcomes:
+        found = [at(index, alpha / len(sigmas)) >= radius for index in range(len(sigmas))]
+        return rows.outcomes(np.any(found, axis=0))
+
+    def abstains(index: int) -> Outcomes:
+        return rows.outcomes(_certified(records, index, sigmas[index], alpha).prediction == ABSTAIN)
+
+    def predicted(index: int, what: Shaped[np.ndarray, " n"] | int) -> Outcomes:
+        return rows.outcomes(predict(records["estimate"][:, index], alpha) == what)
+
+    def reached(index: int) -> Outcomes:
+        most = reach(int(records["estimate"][0, index].sum()), sigmas[index], alpha)
+        return rows.outcomes(np.clip(at(index, alpha), 0.0, most), width=most)
+
+    for index, sigma in enumerate(sigmas):
+        group = f"sigma={sigma:g}"
+        for radius in radii:
+            made[f"certified@{named(radius)}", group] = partial(certified, index, radius)
+        made["smoothed/accuracy", group] = partial(certified, index, 0.0)
+        made["abstain", group] = partial(abstains, index)
+        made["predict/accuracy", group] = partial(predicted, index, records["label"])
+        made["predict/abstain", group] = partial(predicted, index, ABSTAIN)
+        made["acr", group] = partial(reached, index)
+    for radius in radii if len(sigmas) > 1 else ():
+        made[f"certified-any@{named(radius)}", ALL] = partial(anywhere, radius)
+    return Deferred(made)
+
+
+def _certified(records: Records, index: int, sigma: float, alpha: float) -> Certificates:
+    return certify(records["select"][:, index], records["estimate"][:, index], sigma, alpha)
 
 
 def _images(records: Records) -> Shaped[np.ndarray, " n"] | None:

@@ -16,6 +16,7 @@ from robustbench_diffaug.evaluators.base import Evaluator
 from robustbench_diffaug.files import atomic, sha256
 from robustbench_diffaug.recorded import Recorded
 from robustbench_diffaug.report import tables
+from robustbench_diffaug.report.marks import Mark
 from robustbench_diffaug.runs import Finished, put, rendered
 from robustbench_diffaug.suite import Bench, Suite
 
@@ -182,5 +183,7 @@ def write(
         "failures": [],
         **about,
     }
-    files = rendered(metrics, board, pd.DataFrame(), manifest)
+    places = dict.fromkeys(zip(metrics["bench"].astype(str), metrics["checkpoint"].astype(str), strict=True))
+    marks = dict.fromkeys(places, Mark("imported"))
+    files = rendered(metrics, board, pd.DataFrame(), manifest, marks=marks)
     return Finished(root, put(root, {name: files[name] for name in FILES}), metrics, board)

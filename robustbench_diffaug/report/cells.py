@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from math import inf, isfinite, isnan, nan
 from typing import Any, NamedTuple
 
-__all__ = ["Cell", "Digest", "Row", "Table", "flat", "plain", "shaded", "table_of"]
+__all__ = ["Cell", "Digest", "Link", "Row", "Table", "flat", "plain", "shaded", "table_of", "unit_name"]
 
 MISSING = "–"
 DIGITS = {"fraction": 1, "percent": 1, "nats": 2, "pixels": 3}
+UNITS = {"fraction": "%", "pixels": "l2 radius"}
 
 
 def _number(value: float, unit: str, signed: bool = False) -> str:
@@ -27,6 +28,11 @@ def _number(value: float, unit: str, signed: bool = False) -> str:
     else:
         text = f"{shown:.4g}"
     return text.replace("-", "−")
+
+
+def unit_name(unit: str) -> str:
+    """A unit as a page prints it."""
+    return UNITS.get(unit, unit)
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,11 @@ class Cell:
     def signed(self) -> bool:
         """Whether it is a difference, which is written with its sign."""
         return "gain" in self.metric.split("/")
+
+    @property
+    def unit_name(self) -> str:
+        """Its unit as a page prints it; a difference of percentages is in points."""
+        return "percentage points" if self.signed and self.unit == "fraction" else unit_name(self.unit)
 
     @property
     def missing(self) -> bool:
@@ -102,12 +113,19 @@ class Digest(NamedTuple):
     digest: str
 
 
+class Link(NamedTuple):
+    """A text that leads to a file beside the page."""
+
+    text: str
+    href: str
+
+
 class Row(NamedTuple):
     """A row's name, what tells it from rows of the same name, and its cells."""
 
     name: str
     mode: str
-    cells: Sequence[Cell | Digest | str | None]
+    cells: Sequence[Cell | Digest | Link | str | None]
 
 
 class Table(NamedTuple):
@@ -126,7 +144,7 @@ def shaded(tables: Sequence[Table]) -> list[Table]:
     finite = [value for value in values if isfinite(value)]
     least, span = min(finite, default=0.0), (max(finite, default=0.0) - min(finite, default=0.0)) or inf
 
-    def shade(cell: Cell | Digest | str | None) -> Cell | Digest | str | None:
+    def shade(cell: Cell | Digest | Link | str | None) -> Cell | Digest | Link | str | None:
         if not isinstance(cell, Cell) or not isfinite(cell.value):
             return cell
         return replace(cell, shade=round((cell.value - least) / span, 3))

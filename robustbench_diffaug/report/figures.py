@@ -186,10 +186,17 @@ def chart(lines: Sequence[Line], axis: Axis, prefix: str, title: str, descriptio
         axes.margins(x=0.02)
         if axis.top is not None:
             axes.set_ylim(0, axis.top)
+        axes.set_position((left := _left(axes), 0.16, 0.98 - left, 0.79))
         axes.patch.set_visible(False)
         figure.patch.set_visible(False)
         drawing = _inline(figure, prefix)
     return _element(drawing, prefix, title, description)
+
+
+def _left(axes: "Axes") -> float:
+    """The share of a chart's width that the numbers of its vertical axis take."""
+    texts = axes.yaxis.get_major_formatter().format_ticks([float(at) for at in axes.get_yticks()])
+    return max(0.085, 0.035 + 0.0155 * max(map(len, texts), default=0))
 
 
 def roc(lines: Sequence[Line], prefix: str, title: str, description: str) -> str:

@@ -12,24 +12,23 @@ from typing import Any, NamedTuple
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from robustbench_diffaug.report import detection_sections, glossary, pictures, sections
-from robustbench_diffaug.report.cells import Table, flat, plain, table_of
+from robustbench_diffaug.report import (
+    detection_sections,
+    glossary,
+    notices,
+    overview,
+    pictures,
+    profiles,
+    provenance,
+    sections,
+)
+from robustbench_diffaug.report.axes import measures
+from robustbench_diffaug.report.cells import flat, plain
+from robustbench_diffaug.report.marks import Mark, origins
+from robustbench_diffaug.report.marks import legend as mark_legend
 from robustbench_diffaug.shown import Shown
 
 __all__ = ["render"]
-
-PROVENANCE = (  # what the manifest lists, and the key that names each entry
-    ("checkpoints", "id"),
-    ("denoisers", "kind"),
-    ("datasets", "name"),
-)
-
-
-class Notice(NamedTuple):
-    """What a reader must know before the figures."""
-
-    label: str
-    text: str
 
 
 class Bench(NamedTuple):
@@ -45,90 +44,27 @@ def _mappings(manifest: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
     return [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list | tuple) else []
 
 
-def _notices(metrics: pd.DataFrame, manifest: Mapping[str, Any]) -> list[Notice]:
-    """What failed, what is partial, what was measured on different samples, and what the run itself has to say."""
-    made = [
-        Notice(
-            "failed",
-            " · ".join(plain(failure[key]) for key in ("bench", "checkpoint", "dataset", "reason") if key in failure),
-        )
-        for failure in _mappings(manifest, "failures")
-    ]
-    partial = metrics[~metrics["complete"].astype(bool)]
-    for (bench, checkpoint), rows in partial.groupby(["bench", "checkpoint"], sort=False):
-        count = f"{len(rows)} metric{'s' if len(rows) > 1 else ''}"
-        made.append(
-            Notice("partial", f"{checkpoint}, {bench}: {count} from a part of the declared samples; not ranked.")
-        )
-    complete = metrics[metrics["headline"].astype(bool) & metrics["complete"].astype(bool)]
-    for (bench, metric, group), rows in complete.groupby(["bench", "metric", "group"], sort=False):
-        if len(counts := sorted(rows["n"].dropna().unique())) > 1:
-            text = " and ".join(f"{count:,.0f}" for count in counts)
-            made.append(Notice("unequal", f"{bench}, {metric} ({group}): checkpoints were measured on {text} samples."))
-    devices = manifest.get("device")
-    if isinstance(devices, list | tuple) and len(devices) > 1:
-        made.append(Notice("devices", f"measured on several devices: {plain(devices)}."))
-    lists = (manifest.get("notices"), manifest.get("remarks"))
-    told = [notice for notices in lists if isinstance(notices, list | tuple) for notice in notices]
-    return made + [Notice("note", plain(notice)) for notice in told]
-
-
-def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The scalars of the manifest: seed, versions, device, threads, seconds and whatever else a run wrote there."""
-    shown = {key for key, _ in PROVENANCE} | {"benches", "notices", "remarks", "failures"}
-    rest = {str(key): list(flat(value)) for key, value in manifest.items() if key not in shown}
-    return [(key, " · ".join(f"{name} {text}".strip() for name, text in leaves)) for key, leaves in rest.items()]
-
-
-def _costs(costs: pd.DataFrame) -> Table | None:
-    """Time and memory of each cell, as recorded."""
-    entries = [
-        {"": " · ".join(str(row[key]) for key in ("bench", "checkpoint", "dataset") if key in row)}
-        | {str(key): _figure(value) for key, value in row.items() if key not in ("bench", "checkpoint", "dataset")}
-        for row in costs.to_dict("records")
-    ]
-    return table_of(
-        entries,
-        "Cost of each cell: seconds of wall time (its share of denoising, its own classifying, for an image), samples "
-        "a second, and peak memory in MB",
-        "",
-    )
-
-
-def _figure(value: object) -> str:
-    """A cost, to four digits; whole numbers in full."""
-    if isinstance(value, float):
-        return (
-            "–" if value != value else f"{value:,.0f}" if abs(value) >= 1000 or value.is_integer() else f"{value:.4g}"
-        )
-    return plain(value)
-
-
-def _manifest_tables(manifest: Mapping[str, Any]) -> list[Table]:
-    found = (table_of(manifest.get(key), key, name) for key, name in PROVENANCE)
-    return [table for table in found if table is not None]
-
-
-def _suite(metrics: pd.DataFrame, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The name of what was run, its digest, and when it was."""
-    suite = manifest.get("suite")
-    known = suite if isinstance(suite, Mapping) else {}
-    name = plain(known["name"]) if "name" in known else ", ".join(str(name) for name in metrics["suite"].unique())
-    when = plain(manifest.get("finished") or manifest.get("started") or "")
-    return {"name": name or "no suite", "digest": plain(known.get("digest") or ""), "when": when}
-
-
-def _summary(metrics: pd.DataFrame) -> str:
+def _summary(metrics: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
     """One sentence on what the page holds."""
 
-    def counted(column: str, noun: str) -> str:
-        count = metrics[column].nunique()
+    def counted(count: int, noun: str) -> str:
         return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('h') else 's'}"
 
     kinds = ", ".join(str(kind) for kind in metrics["evaluator"].unique())
-    verb = "is" if metrics["checkpoint"].nunique() == 1 else "are"
-    how = f"How robust {counted('checkpoint', 'image classifier')} {verb}"
-    return f"{how}: {len(metrics):,} measurements on {counted('bench', 'bench')} ({kinds})."
+    declared = {plain(entry.get("id")): entry.get("kind") for entry in _mappings(manifest, "checkpoints")}
+    there = [str(checkpoint) for checkpoint in metrics["checkpoint"].unique()]
+    denoisers = sum(declared.get(checkpoint) == "denoiser" for checkpoint in there)
+    classifiers = len(there) - denoisers
+    known = all(checkpoint in declared for checkpoint in there)  # of others nobody said what they are
+    parts = []
+    if classifiers:
+        noun = "image classifier" if known else "checkpoint"
+        parts.append(f"How robust {counted(classifiers, noun)} {'is' if classifiers == 1 else 'are'}")
+    if denoisers:
+        does = "does" if denoisers == 1 else "do"
+        parts.append(f"{'what' if parts else 'What'} {counted(denoisers, 'denoiser')} {does}")
+    what = f"{counted(len(metrics), 'measurement')} on {counted(metrics['bench'].nunique(), 'bench')} ({kinds})"
+    return f"{', and '.join(parts)}: {what}."
 
 
 def _detection_settings(manifest: Mapping[str, Any]) -> dict[str, detection_sections.Settings]:
@@ -147,39 +83,63 @@ def _detection_settings(manifest: Mapping[str, Any]) -> dict[str, detection_sect
     return found
 
 
-def _context(metrics: pd.DataFrame, manifest: Mapping[str, Any], costs: pd.DataFrame) -> dict[str, object]:
+def _context(
+    metrics: pd.DataFrame,
+    manifest: Mapping[str, Any],
+    costs: pd.DataFrame,
+    pairs: pd.DataFrame | None,
+    published: pd.DataFrame | None,
+    marks: Mapping[tuple[str, str], Mark],
+) -> dict[str, object]:
     """All that the template shows."""
     checkpoints = [str(checkpoint) for checkpoint in metrics["checkpoint"].unique()]
     styles = {checkpoint: style for style, checkpoint in enumerate(checkpoints)}
-    used: set[Hashable] = set()
-    detection = detection_sections.detection(metrics, used, styles, _detection_settings(manifest))
-    rest = metrics.drop(index=list(used))
-    board = sections.board(metrics, used)
+    printed = overview.printed(published)
+    found = measures(metrics, pairs)
+    used: set[Hashable] = {index for measure in found for index in measure.rows.index}
+    seen: set[Hashable] = set()
+    detection = detection_sections.detection(metrics, seen, styles, _detection_settings(manifest))
+    rest = metrics.drop(index=list(seen))
+    used |= seen
     shifts = sections.shifts(rest, used)
     curves = sections.curves(rest, used, styles)
     smoothing = sections.smoothing(rest, used)
+    cards = profiles.profiles(found, checkpoints, manifest)
     return {
-        "suite": _suite(metrics, manifest),
-        "summary": _summary(metrics) if len(metrics) else "This run has no metrics yet.",
-        "notices": _notices(metrics, manifest),
-        "board": board,
+        "suite": provenance.suite(metrics, manifest),
+        "summary": _summary(metrics, manifest) if len(metrics) else "This run has no metrics yet.",
+        "notices": notices.notices(metrics, manifest),
+        "board": overview.board(found, checkpoints, marks, printed),
+        "marks": mark_legend(marks, bool(printed)),
+        "published": overview.sources(printed),
         "shifts": shifts,
         "curves": curves,
         "legend": sections.legend(styles, "line") if curves else [],
         "detection": detection,
         "smoothing": smoothing,
         "others": sections.others(metrics, used),
+        "profiles": cards,
+        "numbers": {card.checkpoint: card.number for card in cards.cards},
         "benches": [
             Bench(plain(b.get("name", "")), list(flat(b.get("evaluator", {})))) for b in _mappings(manifest, "benches")
         ],
-        "facts": _facts(manifest),
-        "provenance": _manifest_tables(manifest),
-        "costs": _costs(costs),
+        "facts": provenance.facts(manifest),
+        "provenance": provenance.tables_of(manifest),
+        "origins": origins(marks),
+        "costs": provenance.costs_table(costs),
         "glossary": glossary.entries(str(metric) for metric in metrics["metric"].unique()),
     }
 
 
-def render(metrics: pd.DataFrame, manifest: Mapping[str, Any], costs: pd.DataFrame, shown: Sequence[Shown] = ()) -> str:
+def render(
+    metrics: pd.DataFrame,
+    manifest: Mapping[str, Any],
+    costs: pd.DataFrame,
+    shown: Sequence[Shown] = (),
+    pairs: pd.DataFrame | None = None,
+    published: pd.DataFrame | None = None,
+    marks: Mapping[tuple[str, str], Mark] | None = None,
+) -> str:
     """The page, self-contained, the same for the same input.
 
     Arguments:
@@ -187,6 +147,13 @@ def render(metrics: pd.DataFrame, manifest: Mapping[str, Any], costs: pd.DataFra
         manifest: What the run wrote down about itself. Any key may be missing.
         costs: Seconds, throughput and memory per cell: bench, checkpoint, dataset, samples, seconds, ...
         shown: The pictures.
+        pairs: The tests of checkpoints in pairs.
+        published: Published figures in the form of metrics, with the columns `source`, `link` (or `url`) and `note`;
+            they stand beneath the measured ones, unranked.
+        marks: Where figures are from, by bench and checkpoint.
+
+    Raises:
+        ValueError: If a mark is of no known kind, or a checkpoint has two values for one measure.
     """
     environment = Environment(
         loader=PackageLoader("robustbench_diffaug", "report/templates"),
@@ -197,6 +164,7 @@ def render(metrics: pd.DataFrame, manifest: Mapping[str, Any], costs: pd.DataFra
     )
     script = environment.get_template("page.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    context = _context(metrics.reset_index(drop=True), manifest, costs) | {"pictures": pictures.embedded(shown)}
+    context = _context(metrics.reset_index(drop=True), manifest, costs, pairs, published, marks or {})
+    context |= {"pictures": pictures.embedded(shown)}
     page = environment.get_template("index.html.j2").render(context, script=script, script_digest=digest)
     return page.encode("utf-8", "replace").decode()  # a lone surrogate in a name must not break the writing of the file

@@ -1,23 +1,24 @@
 """The parts of a page that show metrics: each a view of some rows, and a note of which rows it has shown."""
 
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from math import isfinite, isnan
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from robustbench_diffaug.report import figures, tables
-from robustbench_diffaug.report.cells import Cell, Row, Table, shaded
+from robustbench_diffaug.report.axes import axis_of
+from robustbench_diffaug.report.cells import Cell, Row, Table, shaded, unit_name
 
 __all__ = [
-    "Board", "Group", "Legend", "Panel", "Place", "board", "by_bench", "cells_by", "curves", "legend", "others",
-    "shifts", "smoothing", "unit_name",
+    "Group", "Legend", "Panel", "by_bench", "cells_by", "curves", "legend", "others", "shifts", "smoothing",
+    "unit_name",
 ]  # fmt: skip
 
-# `de/accuracy/fog@s5`: the mode before it, the dataset, and the severity.
-SHIFT = r"(?:(?P<mode>[^@]+)/)?accuracy/(?P<shift>[^/@]+)(?:@s(?P<severity>\d+))?"
+# `de/accuracy/fog@s5`: the mode before it, the dataset, and the severity. At random times images
+# are diffused, not shifted.
+SHIFT = r"(?:(?P<mode>(?!.*random-time)[^@]+)/)?accuracy/(?P<shift>[^/@]+)(?:@s(?P<severity>\d+))?"
 # `accuracy@t=50`, `de/accuracy@t<=50`, `certified@0.25`: what is plotted, and against what number.
 CURVE = r"(?P<family>[^@]+@(?:(?P<variable>[A-Za-z_]+)<?=)?)(?P<at>\d+(?:\.\d+)?)"
 TITLES = {
@@ -46,6 +47,10 @@ TITLES = {
     "denoised/pag_cosine@t=": "Cosine of the gradient at denoised images and the denoiser's direction",
     "pag_class_cosine@t=": "Cosine of the gradient at images diffused to t and the difference of class means",
     "chain/pag_class_cosine@t=": "Cosine of the gradient through the denoiser and the difference of class means",
+    "gradient_sparsity@t=": "Sparsity of the gradient at images diffused to t",
+    "gradient_variation@t=": "Total variation of the gradient at images diffused to t, relative to the image's",
+    "generated_accuracy@t=": "Accuracy of another classifier on images after steps along the gradient",
+    "generated_confidence@t=": "Probability of the class that another classifier gives after steps along the gradient",
     "agreement@scale=": "Share of drawn images that an independent classifier takes for the class asked for",
     "frechet@scale=": "Frechet distance of features, drawn images against real ones",
     "jacobian_trace@t=": "Trace of the denoiser's Jacobian",
@@ -66,32 +71,6 @@ TABLES = {
     "lower bounds of certified accuracies": r"certified-lower@.+",
     "certificates over the noise levels": r"(certified|sigma)-(envelope|selected|any)@.+",
 }
-UNITS = {"fraction": "%", "pixels": "l2 radius"}
-
-
-class Place(NamedTuple):
-    """A checkpoint's cell of the leaderboard; start, end and mark of its bar are percentages of the bar's width."""
-
-    cell: Cell | None
-    rank: str
-    order: int
-    bar: tuple[float, float, float] | None
-
-
-class Heading(NamedTuple):
-    """A column of the leaderboard."""
-
-    name: str
-    unit: str
-    better: str
-    samples: str
-
-
-class Board(NamedTuple):
-    """The leaderboard: rows sorted by the first column, best first."""
-
-    headings: list[Heading]
-    rows: list[tuple[str, list[Place]]]
 
 
 class Panel(NamedTuple):
@@ -112,8 +91,9 @@ class Legend(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Panels that share their horizontal axis."""
+    """Panels of one axis of robustness that share their horizontal axis."""
 
+    title: str
     variable: str
     panels: list[Panel]
 
@@ -122,63 +102,6 @@ def cells_by(rows: pd.DataFrame, *keys: str) -> dict[tuple[Hashable, ...], Cell]
     """The cell of each row, by the values of the given columns."""
     records: list[dict[Hashable, Any]] = rows.to_dict("records")
     return {tuple(record[key] for key in keys): Cell.of({str(k): v for k, v in record.items()}) for record in records}
-
-
-def unit_name(unit: str) -> str:
-    """A unit as a page prints it."""
-    return UNITS.get(unit, unit)
-
-
-def _unit(cell: Cell) -> str:
-    """The unit of a cell; a difference of percentages is in points."""
-    return "percentage points" if cell.signed and cell.unit == "fraction" else unit_name(cell.unit)
-
-
-def _bars(cells: Sequence[Cell]) -> Callable[[Cell], tuple[float, float, float] | None]:
-    """Where each interval begins, ends and has its value, in percent of the range that all of them span."""
-    ends = [end for cell in cells for end in (cell.low, cell.high, cell.value) if isfinite(end)]
-    least, span = min(ends, default=0.0), (max(ends, default=0.0) - min(ends, default=0.0)) or 1.0
-
-    def place(end: float) -> float:
-        return round(100 * min(1.0, max(0.0, (end - least) / span)), 2)
-
-    def bar(cell: Cell) -> tuple[float, float, float] | None:
-        known = not any(isnan(end) for end in (cell.low, cell.high, cell.value))
-        return (place(cell.low), place(cell.high), place(cell.value)) if known else None
-
-    return bar
-
-
-def _order(cell: Cell | None) -> int:
-    """0 for a complete value, 1 for a partial one, 2 for none: the first key that a column is sorted by."""
-    return 2 if cell is None or cell.missing else 0 if cell.complete else 1
-
-
-def board(metrics: pd.DataFrame, used: set[Hashable]) -> Board | None:
-    """The leaderboard, or None without a headline."""
-    ranks = tables.leaderboard(metrics)
-    headings, columns = [], []
-    for name, rows in tables.headlines(metrics):
-        used |= set(rows.index)
-        cells = {str(key[0]): cell for key, cell in cells_by(rows, "checkpoint").items()}
-        bar, first = _bars(list(cells.values())), next(iter(cells.values()))
-        samples = {cell.samples for cell in cells.values()}
-        headings.append(Heading(name, _unit(first), first.better, samples.pop() if len(samples) == 1 else ""))
-        texts = dict(zip(ranks["checkpoint"], ranks[f"{name}_rank"], strict=True))
-        found = {checkpoint: cells.get(checkpoint) for checkpoint in texts}
-        columns.append(
-            {c: Place(cell, texts[c], _order(cell), bar(cell) if cell else None) for c, cell in found.items()}
-        )
-    if not columns:
-        return None
-
-    def key(checkpoint: str) -> tuple[int, float]:
-        place = columns[0][checkpoint]
-        value = place.cell.value if place.cell and place.order < 2 else 0.0
-        return place.order, -value if headings[0].better == "higher" else value
-
-    names = sorted((str(checkpoint) for checkpoint in ranks["checkpoint"]), key=key)
-    return Board(headings, [(name, [column[name] for column in columns]) for name in names])
 
 
 def _grid(found: pd.DataFrame, caption: str, column: str) -> Table:
@@ -228,9 +151,11 @@ def _lines(rows: pd.DataFrame, styles: Mapping[str, int]) -> list[figures.Line]:
     sorted_rows = rows.assign(number=rows["at"].astype(float)).sort_values("number", kind="stable")
     value, low, high = (tables.wide(sorted_rows, ".*", "number", "checkpoint", of) for of in ("value", "low", "high"))
     x = value.index.to_numpy(dtype=np.float64)
+    if str(rows["family"].iloc[0]).startswith("certified"):  # all are 0 beyond some radius: once is enough to see it
+        x = x[: len(x) - int((value.fillna(0) != 0).any(axis=1).to_numpy()[::-1].argmax()) + 1]
 
     def line(checkpoint: str) -> figures.Line:
-        y, least, most = (part[checkpoint].to_numpy(dtype=np.float64) for part in (value, low, high))
+        y, least, most = (part[checkpoint].to_numpy(dtype=np.float64)[: len(x)] for part in (value, low, high))
         return figures.Line(x, y, least, most, styles[checkpoint])
 
     return [line(checkpoint) for checkpoint in sorted(map(str, value.columns), key=styles.__getitem__)]
@@ -270,7 +195,7 @@ def curves(metrics: pd.DataFrame, used: set[Hashable], styles: dict[str, int]) -
     banded = set(found.loc[found["family"] == "certified-band@", ["bench", "group"]].itertuples(index=False, name=None))
     keys = ["variable", "family", "bench", "group"]
     benches = found.groupby("variable")["bench"].nunique()
-    made: dict[str, list[Panel]] = {}
+    made: dict[tuple[str, str], list[Panel]] = {}
     for number, (key, rows) in enumerate(found.groupby(keys, sort=False)):
         variable, family, bench, group = (str(part) for part in key)
         if rows["at"].nunique() < 2 or family == "certified-lower@" or family.startswith("sigma-"):
@@ -282,8 +207,9 @@ def curves(metrics: pd.DataFrame, used: set[Hashable], styles: dict[str, int]) -
         uniform = _uniform(metrics, family, bench, group)
         used |= set(uniform.index)
         limit = float(uniform["value"].iloc[0]) if uniform["value"].nunique() == 1 else None
-        made.setdefault(variable, []).append(_panel(rows, family, detail, f"chart-{number}", styles, limit))
-    return [Group(variable, panels) for variable, panels in made.items()]
+        panel = _panel(rows, family, detail, f"chart-{number}", styles, limit)
+        made.setdefault((axis_of(str(rows["metric"].iloc[0])), variable), []).append(panel)
+    return [Group(title, variable, panels) for (title, variable), panels in made.items()]
 
 
 def smoothing(metrics: pd.DataFrame, used: set[Hashable]) -> list[Table]:
@@ -317,6 +243,6 @@ def others(metrics: pd.DataFrame, used: set[Hashable]) -> list[Table]:
         pairs = dict.fromkeys(key[:2] for key in cells)
         checkpoints = list(rows["checkpoint"].unique())
         grid = [(str(m), str(g), [cells.get((m, g, c)) for c in checkpoints]) for m, g in pairs]
-        lines = [Row(metric, f"{group}, {_unit(next(c for c in row if c))}", row) for metric, group, row in grid]
+        lines = [Row(metric, f"{group}, {next(c for c in row if c).unit_name}", row) for metric, group, row in grid]
         made.append(Table(f"{front}other metrics", "metric", [str(c) for c in checkpoints], lines))
     return made

@@ -13,7 +13,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-__all__ = ["Headline", "headlines", "leaderboard", "matching", "rank_ranges", "to_csv", "to_parquet", "wide"]
+from robustbench_diffaug.pairs import places as tested_places
+
+__all__ = ["Headline", "headlines", "leaderboard", "matching", "pairs_of", "rank_ranges", "to_csv", "to_parquet"]
+__all__ += ["wide"]
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes a cell that begins so for a formula
 
@@ -71,22 +74,37 @@ def rank_ranges(low: NDArray[np.float64], high: NDArray[np.float64], better: str
     return [(1 + int(m), int(k)) for m, k in zip(beaten.sum(axis=1), (~beaten).sum(axis=0), strict=True)]
 
 
-def _ranks(rows: pd.DataFrame) -> dict[str, str]:
-    """Rank texts, "1" or "1-3", of the checkpoints that have a complete value."""
+def _ranks(rows: pd.DataFrame, pairs: pd.DataFrame | None) -> dict[str, str]:
+    """Rank texts, "1" or "1-3", of the checkpoints that have a complete value: by tests if there are any of all pairs.
+
+    Without those the intervals decide.
+    """
     ranked = rows[rows["complete"].astype(bool) & rows["value"].notna()]
     if ranked.empty:
         return {}
-    low, high = ranked["low"].to_numpy(dtype=np.float64), ranked["high"].to_numpy(dtype=np.float64)
-    places = rank_ranges(low, high, str(ranked["better"].iloc[0]))
+    better, places = str(ranked["better"].iloc[0]), None
+    if pairs is not None and len(pairs):
+        measure = pd.Series(True, index=pairs.index)
+        for column in ("bench", "metric", "group"):
+            measure &= pairs[column] == ranked[column].iloc[0]
+        places = tested_places(pairs[measure], [str(name) for name in ranked["checkpoint"]], better)
+    if places is None:
+        low, high = (ranked[end].to_numpy(dtype=np.float64) for end in ("low", "high"))
+        places = rank_ranges(low, high, better)
     texts = [str(first) if first == last else f"{first}-{last}" for first, last in places]
     return dict(zip(ranked["checkpoint"].astype(str), texts, strict=True))
 
 
-def leaderboard(metrics: pd.DataFrame) -> pd.DataFrame:
+def leaderboard(metrics: pd.DataFrame, pairs: pd.DataFrame | None = None) -> pd.DataFrame:
     """One row per checkpoint, and for each headline `<name>`, `<name>_low`, `<name>_high` and `<name>_rank`.
 
     Checkpoints keep their order of first appearance. A missing value is NaN, and it and an incomplete one have the
-    empty rank.
+    empty rank. Places are those that the tests in `pairs` leave open, and of a measure that is not tested those that
+    the intervals do.
+
+    Arguments:
+        metrics: The long form.
+        pairs: The tests of checkpoints in pairs, with the columns `pairs.COLUMNS`.
 
     Raises:
         ValueError: Two columns would have one name, or a checkpoint has two values for one measure.
@@ -95,7 +113,7 @@ def leaderboard(metrics: pd.DataFrame) -> pd.DataFrame:
     columns: dict[str, list[object]] = {"checkpoint": list(checkpoints)}
     for name, rows in headlines(metrics):
         values = rows.set_index("checkpoint")[["value", "low", "high"]].astype(np.float64).reindex(checkpoints)
-        ranks = _ranks(rows)
+        ranks = _ranks(rows, pairs)
         made: dict[str, list[object]] = {
             name: values["value"].tolist(),
             f"{name}_low": values["low"].tolist(),
@@ -154,6 +172,19 @@ def to_csv(frame: pd.DataFrame) -> bytes:
     rows = [list(frame.columns), *frame.astype(object).to_numpy().tolist()]
     text = "".join(",".join(map(_field, row)) + "\n" for row in rows)
     return text.encode("utf-8", "replace")
+
+
+def pairs_of(content: bytes) -> pd.DataFrame:
+    """The tests of pairs that `to_csv` has written, as they were."""
+    frame = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False)
+    texts = [name for name in frame.columns if name in ("bench", "metric", "group", "a", "b", "test")]
+    escaped = tuple(f"'{start}" for start in FORMULA_STARTS)
+    for name in frame.columns:
+        if name in texts:
+            frame[name] = [cell.removeprefix("'") if cell.startswith(escaped) else cell for cell in frame[name]]
+        else:
+            frame[name] = frame[name].replace("", "nan").astype(int if name == "n" else float)
+    return frame
 
 
 def to_parquet(frame: pd.DataFrame) -> bytes:

@@ -1,6 +1,11 @@
 """The conformance suite: what authors of datasets, denoisers, checkpoints and evaluators run on their own classes.
 
-Each check raises AssertionError with a sentence that says which promise is broken.
+Each check raises AssertionError with a sentence that says which promise is broken. In a test of your package:
+
+    from robustbench_diffaug.testing import check_evaluator
+
+    def test_it_keeps_the_promises() -> None:
+        check_evaluator(MyEvaluator())
 """
 
 from robustbench_diffaug.testing.checkpoints import check_checkpoint

@@ -15,16 +15,24 @@ __all__ = ["check_checkpoint"]
 
 
 def check_checkpoint(checkpoint: Checkpoint, shape: tuple[int, int, int] = (1, 8, 8)) -> None:
-    """A checkpoint's logits of an image do not depend on the images beside it.
+    """A checkpoint has the same weights each time, and its logits of an image depend on that image alone.
+
+    Checked are, besides what every component promises (`check_value`): a fingerprint that depends on what its files
+    hold, and neither on where they lie nor on the id; `check`, `takes` and `fits` that accept such images; the same
+    weights each time; `classes` finite logits, the same the second time, in another order and for an image alone;
+    gradients, unless its kind says that it has none; no draw from a global generator, and no buffer changed in use.
 
     Arguments:
         checkpoint: Whose files are there.
         shape: Of an image that it takes: channels, height, width.
+
+    Raises:
+        AssertionError: With the promise that is broken.
     """
     check_value(checkpoint)
     renamed = checkpoint.model_copy(update={"id": f"{checkpoint.id}-renamed"})
     assert renamed.fingerprint == checkpoint.fingerprint, "the fingerprint depends on the id"
-    checkpoint.check()
+    _check_shape(checkpoint, shape)
     first, second = (checkpoint.load().state_dict() for _ in range(2))
     assert _equal(first, second), f"{checkpoint.id} loads other weights each time"
     images = rng.uniform(rng.key("check", "images"), range(5), shape).astype(np.float32)
@@ -40,7 +48,33 @@ def check_checkpoint(checkpoint: Checkpoint, shape: tuple[int, int, int] = (1, 8
         alone = torch.cat([model.logits(image[None]) for image in batch])
         assert torch.equal(alone, logits), f"the logits of {checkpoint.id} depend on the images beside"
     assert _equal(model.network.state_dict(), state), f"{checkpoint.id} changes its own weights or buffers in use"
+    if checkpoint.differentiable:
+        _check_gradients(checkpoint, batch)
     check_files(checkpoint, lambda moved: moved.load())
+
+
+def _check_shape(checkpoint: Checkpoint, shape: tuple[int, int, int]) -> None:
+    """Its files are fit, and so are images of this shape, by its own word."""
+    try:
+        checkpoint.check()
+        checkpoint.fits(*shape[1:])
+    except ValueError as error:
+        raise AssertionError(f"{checkpoint.id} does not take what it is checked on: {error}") from error
+    takes = checkpoint.takes()
+    assert takes in (None, shape[0]) or (takes, shape[0]) == (3, 1), (
+        f"{checkpoint.id} says that it takes images of {takes} channels, not of {shape[0]}"
+    )
+
+
+def _check_gradients(checkpoint: Checkpoint, batch: Tensor) -> None:
+    model, images = checkpoint.loaded(Limits()), batch.clone().requires_grad_()
+    try:
+        (gradient,) = torch.autograd.grad(model.logits(images).sum(), images)
+    except RuntimeError as error:
+        raise AssertionError(
+            f"the logits of {checkpoint.id} have no gradient; if they cannot, set differentiable = False in its class"
+        ) from error
+    assert bool(torch.isfinite(gradient).all()), f"the gradient of the logits of {checkpoint.id} is not finite"
 
 
 def _equal(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

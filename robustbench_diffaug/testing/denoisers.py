@@ -15,9 +15,18 @@ __all__ = ["check_denoiser"]
 def check_denoiser(denoiser: Denoiser, shape: tuple[int, int, int] = (1, 8, 8)) -> None:
     """A denoiser's levels increase, and each image is denoised as if it were alone, with its class or without.
 
+    Checked are, besides what every component promises (`check_value`): a fingerprint that depends on what its files
+    hold, and not on where they lie; levels that increase and agree with `time`, `sigma` and `level`; `channels` and
+    `size` that fit; estimates of the images' shape, finite, in [0, 1] where it clips, the same in another order, alone
+    and with more leading axes; no input changed in place, no draw from a global generator; and, where it knows classes,
+    all of that with labels, -1 being none of them and others refused.
+
     Arguments:
         denoiser: Whose files are there.
         shape: Of an image that it takes: channels, height, width.
+
+    Raises:
+        AssertionError: With the promise that is broken.
     """
     check_value(denoiser)
     _check_times(denoiser)

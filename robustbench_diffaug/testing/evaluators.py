@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from math import isfinite, isnan
+from math import isclose, isfinite, isnan
 from typing import Literal
 
 import numpy as np
@@ -22,22 +22,36 @@ from robustbench_diffaug.diffusion.base import Denoise, Denoiser, Posterior, Sig
 from robustbench_diffaug.diffusion.gaussian import MixtureDenoiser
 from robustbench_diffaug.evaluators.base import Evaluator
 from robustbench_diffaug.mixture import MixtureSpec
-from robustbench_diffaug.records import INDEX, Records, from_table, to_table
+from robustbench_diffaug.records import INDEX, Metric, Records, from_table, to_table
 from robustbench_diffaug.testing.values import changed, check_value, generators_unmoved
 
 __all__ = ["check_evaluator"]
 
 Rows = dict[str, dict[str, np.ndarray]]
 """The columns of each sample by its id."""
+KEPT = {torch.bool, torch.float16, torch.float32, torch.float64, torch.uint8}
+KEPT |= {torch.int8, torch.int16, torch.int32, torch.int64}
+"""What Parquet and numpy both have."""
 
 
 def check_evaluator(evaluator: Evaluator, dataset: Dataset | None = None) -> None:
-    """An evaluator's records depend on the samples and on the seed, and on nothing else.
+    """An evaluator's records depend on the samples and on the seed alone, and its figures on the records alone.
+
+    Checked are, besides what every component promises (`check_value`): the same records when run again, in batches of 1
+    and 3, with a budget of 8 images, in other orders of samples and checkpoints, without the checkpoints beside, and
+    with other values of fields marked `Outside`; no draw from a global generator; nothing changed in place, whether
+    images, labels or networks; the same columns for every batch, which a file can hold; as many forwards as
+    `forwards()` says. Of figures: the same when computed again, after another checkpoint was looked at, and from
+    records that were written and read; finite, within their intervals, one of each name and group; incomplete where a
+    sample is missing; none of no records; each equal to the mean of what `outcomes` says it rests on.
 
     Arguments:
         evaluator: With settings that make it cheap.
         dataset: Some images that it fits; left out, those of a Gaussian mixture with four classes. Where it analyses
             denoisers, one-channel images of 8 x 8 pixels.
+
+    Raises:
+        AssertionError: With the promise that is broken.
     """
     check_value(evaluator)
     evaluator.check()
@@ -63,7 +77,7 @@ def check_evaluator(evaluator: Evaluator, dataset: Dataset | None = None) -> Non
         found = _evaluate(other, source, networks, [range(count)])
         _same(whole, found, f"{evaluator.kind} depends on {name}, which is marked Outside")
     _check_forwards(evaluator, source, networks[0])
-    _check_metrics(evaluator, source, networks[0])
+    _check_metrics(evaluator, source, networks)
 
 
 def _networks(evaluator: Evaluator) -> list[Checkpoint]:
@@ -86,10 +100,12 @@ def _evaluate(
 ) -> dict[str, Rows]:
     """Each checkpoint's rows, evaluated in the given ranges of positions."""
     found: dict[str, Rows] = {network.id: {} for network in networks}
+    weights = {network.id: _weights(network, limits) for network in networks}
     for part in parts:
         batch = _batch(dataset, part, limits)
         seen: dict[str, dict[str, list[Columns]]] = {network.id: defaultdict(list) for network in networks}
         with torch.no_grad():
+            kept = batch.images.clone(), batch.labels.clone()
             for view in evaluator.views(batch):
                 shape = tuple(view.images.shape)
                 assert view.images.ndim == 5 and shape[0] == len(part), (
@@ -103,6 +119,8 @@ def _evaluate(
                 assert torch.equal(given, view.images), (
                     f"{evaluator.kind} changes the images of view {view.name} in place; all checkpoints are shown them"
                 )
+            same = torch.equal(kept[0], batch.images) and torch.equal(kept[1], batch.labels)
+            assert same, f"{evaluator.kind} changes the images or labels of the batch in place"
             for network in networks:
                 columns = evaluator.record(seen[network.id], batch)
                 _check_columns(evaluator, columns, len(part))
@@ -110,7 +128,22 @@ def _evaluate(
                 assert not taken, f"{evaluator.kind} records {sorted(taken)[0]}, which every record has; rename it"
                 for row, id in enumerate(batch.ids):
                     found[network.id][id] = {name: column[row].numpy() for name, column in columns.items()}
+    for network in networks:
+        assert _same_weights(weights[network.id], _weights(network, limits)), (
+            f"{evaluator.kind} changes the weights, buffers or mode of a network, which others are shown after it"
+        )
     return found
+
+
+def _weights(network: Checkpoint, limits: Limits) -> dict[str, Tensor]:
+    """The weights and buffers of a loaded network, and whether each module of it is in training mode."""
+    loaded = network.loaded(limits).network
+    modes = {f"{name} trains": torch.tensor(module.training) for name, module in loaded.named_modules()}
+    return modes | {name: value.clone() for name, value in loaded.state_dict().items()}
+
+
+def _same_weights(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def _batch(dataset: Dataset, part: range, limits: Limits) -> Batch:
@@ -127,11 +160,19 @@ def _check_columns(evaluator: Evaluator, columns: Columns, count: int) -> None:
             f"column {name} of {evaluator.kind} has shape {tuple(column.shape)} for {count} samples; "
             "the sample is the first axis"
         )
+        assert column.dtype in KEPT, (
+            f"column {name} of {evaluator.kind} is of {column.dtype}, which a record cannot hold; make it float32, "
+            "int32 or bool"
+        )
 
 
 def _same(expected: Mapping[str, Rows], found: Mapping[str, Rows], message: str) -> None:
     for network, rows in expected.items():
         for id, columns in rows.items():
+            others = found[network][id].keys()
+            assert columns.keys() == others, (
+                f"{message}: the columns of sample {id} are {', '.join(others)}, not {', '.join(columns)}"
+            )
             for name, value in columns.items():
                 other = found[network][id][name]
                 assert value.dtype == other.dtype and np.array_equal(value, other, equal_nan=value.dtype.kind == "f"), (
@@ -212,7 +253,38 @@ class _Counting(Denoiser):
         return _Counter(self.base.load(device))
 
 
-def _check_metrics(evaluator: Evaluator, dataset: Dataset, network: Checkpoint) -> None:
+def _check_metrics(evaluator: Evaluator, dataset: Dataset, networks: Sequence[Checkpoint]) -> None:
+    records = _records(evaluator, dataset, networks[0])
+    figures = list(evaluator.metrics(records))
+    assert figures, f"{evaluator.kind} has no metric"
+    again = list(evaluator.metrics(records))
+    assert str(figures) == str(again), f"the metrics of {evaluator.kind} differ when they are computed again"
+    _records(evaluator, dataset, networks[1])
+    later = list(evaluator.metrics(records))
+    assert str(figures) == str(later), (
+        f"the metrics of {evaluator.kind} differ after another checkpoint was looked at; they are of records alone"
+    )
+    _check_figures(evaluator, figures)
+    (declared,) = records.declared
+    short = replace(records, declared=(replace(declared, n=declared.n + 1),))
+    for figure in evaluator.metrics(short):
+        assert not figure.complete, f"{figure.name} of {evaluator.kind} calls itself complete with a sample missing"
+    try:
+        nothing = list(evaluator.metrics(Records({}, (declared,))))
+    except Exception as error:
+        raise AssertionError(f"{evaluator.kind} fails on no records, of which there are no metrics: {error}") from error
+    assert not nothing, f"{evaluator.kind} has metrics of no records"
+    values = {(figure.name, figure.group): figure.value for figure in figures}
+    for (name, group), basis in evaluator.outcomes(records).items():
+        value = values.get((name, group))
+        assert value is not None, f"{evaluator.kind} says what {name} of {group} rests on, and has no such metric"
+        assert isclose(basis.mean, value, rel_tol=1e-9, abs_tol=1e-12), (
+            f"{name} of {evaluator.kind} is {value}, and what it rests on (outcomes) has the mean {basis.mean}"
+        )
+
+
+def _records(evaluator: Evaluator, dataset: Dataset, network: Checkpoint) -> Records:
+    """Records of one checkpoint, written and read."""
     batch, declared = _batch(dataset, range(len(dataset.rows())), Limits()), dataset.declared()
     seen: dict[str, list[Columns]] = defaultdict(list)
     model = network.loaded(batch.limits)
@@ -220,11 +292,10 @@ def _check_metrics(evaluator: Evaluator, dataset: Dataset, network: Checkpoint) 
         for view in evaluator.views(batch):
             seen[view.name].append(evaluator.observe(model, view, batch))
         table = to_table(batch, declared, evaluator.record(seen, batch))
-    records = Records(from_table(table), (declared,), constants=evaluator.constants(model))
-    figures = list(evaluator.metrics(records))
-    again = list(evaluator.metrics(records))
-    assert figures, f"{evaluator.kind} has no metric"
-    assert str(figures) == str(again), f"the metrics of {evaluator.kind} differ when they are computed again"
+    return Records(from_table(table), (declared,), constants=evaluator.constants(model))
+
+
+def _check_figures(evaluator: Evaluator, figures: Sequence[Metric]) -> None:
     names = [(figure.name, figure.group) for figure in figures]
     assert len(set(names)) == len(names), f"{evaluator.kind} gives two metrics of one name and group"
     for figure in figures:
@@ -234,7 +305,3 @@ def _check_metrics(evaluator: Evaluator, dataset: Dataset, network: Checkpoint) 
         assert isnan(figure.low) == isnan(figure.high), f"{figure.name} of {evaluator.kind} has half an interval"
         inside = isnan(figure.low) or figure.low <= figure.value <= figure.high
         assert inside, f"{figure.name} of {evaluator.kind} is {figure.value}, outside [{figure.low}, {figure.high}]"
-    short = replace(records, declared=(replace(declared, n=declared.n + 1),))
-    for figure in evaluator.metrics(short):
-        assert not figure.complete, f"{figure.name} of {evaluator.kind} calls itself complete with a sample missing"
-    assert not list(evaluator.metrics(Records({}, (declared,)))), f"{evaluator.kind} has metrics of no records"

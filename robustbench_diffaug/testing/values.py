@@ -1,5 +1,6 @@
 """What every component promises: a hash, a life in YAML, and a fingerprint of all that records depend on."""
 
+import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -20,7 +21,11 @@ V = TypeVar("V", bound=Value)
 
 
 def check_value(component: Component) -> None:
-    """A component is hashable, survives YAML, and its fingerprint covers all but what is marked `Outside`."""
+    """A component is hashable, survives YAML and pickling, and its fingerprint covers all but what is marked `Outside`.
+
+    Raises:
+        AssertionError: With the promise that is broken.
+    """
     fields = type(component).model_fields
     for name, field in fields.items():
         assert not _mutable(field.annotation), (
@@ -39,6 +44,7 @@ def check_value(component: Component) -> None:
     assert again == component, f"{component.kind} is another value after a round trip through YAML"
     assert again.fingerprint == component.fingerprint, f"the fingerprint of {component.kind} changes through YAML"
     assert component.kind == fields["kind"].default, f"{component.kind} has no fixed kind"
+    _check_pickle(component)
     identity = component.identity()
     for name, field in fields.items():
         late = Later in field.metadata and getattr(component, name) == field.default
@@ -48,6 +54,18 @@ def check_value(component: Component) -> None:
         for name, other in changed(component, outside):
             same = other.fingerprint == component.fingerprint
             assert same == outside, f"the fingerprint of {component.kind} and its field {name} disagree with its marker"
+
+
+def _check_pickle(component: Component) -> None:
+    try:
+        sent = pickle.loads(pickle.dumps(component))  # noqa: S301  # made a moment ago
+    except Exception as error:  # whatever parts of the author's raise
+        raise AssertionError(
+            f"{component.kind} cannot be sent to another process, as --workers does: {error}; define its class at the "
+            "top of a module"
+        ) from error
+    same = sent == component and sent.fingerprint == component.fingerprint
+    assert same, f"{component.kind} is another value in another process"
 
 
 def _mutable(annotation: object) -> bool:

@@ -1,24 +1,21 @@
 """Where a training run starts from, if not from scratch."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import model_validator
 from torch import nn
 
-from robustbench_diffaug.checkpoints.timm_model import fit_state
+from robustbench_diffaug.checkpoints.state import load_state
 from robustbench_diffaug.component import Value
-from robustbench_diffaug.files import Digest, Location, existing, sha256
+from robustbench_diffaug.files import Digest, Location, Weights
+from robustbench_diffaug.weight_files import examine
 
 __all__ = ["Start", "begin"]
 
-NETWORKS = ("average", "network", "state_dict", "model")
-"""Where files keep the weights: our own state, AugMix's and DeepAugment's, DeiT's."""
 OPTIMISERS = ("optimiser", "optimizer")
-PREFIXES = ("module.", "_orig_mod.")
-"""Put before every name by DataParallel and by torch.compile."""
+"""Where files keep the optimiser's state."""
 
 
 class Start(Value):
@@ -45,7 +42,7 @@ class Start(Value):
 
     def contents(self) -> str:
         """The digest: the weights depend on the file, not on where it lies."""
-        return self.sha256 or sha256(existing(self.uri))
+        return Weights(uri=self.uri, sha256=self.sha256).contents()
 
 
 def begin(start: Start, network: nn.Module, optimiser: torch.optim.Optimizer) -> None:
@@ -54,41 +51,22 @@ def begin(start: Start, network: nn.Module, optimiser: torch.optim.Optimizer) ->
     Raises:
         ValueError: If the file is missing, damaged, has another digest, would run code, or does not fit.
     """
-    path = existing(start.uri)
-    if start.sha256 and sha256(path) != start.sha256:
-        raise ValueError(f"{start.uri} has sha256 {sha256(path)}, not {start.sha256}: another or a damaged file")
-    saved = _read(path, start.uri)
-    found = next((saved[name] for name in NETWORKS if isinstance(saved.get(name), Mapping)), saved)
-    fit_state(network, {_bare(str(name)): value for name, value in found.items()}, start.uri)
+    weights = Weights(uri=start.uri, sha256=start.sha256)
+    load_state(network, weights)
     if start.optimiser:
-        state = next((saved[name] for name in OPTIMISERS if isinstance(saved.get(name), Mapping)), None)
-        if state is None:
+        state = next((value for name, value in _saved(weights).items() if name in OPTIMISERS), None)
+        if not isinstance(state, Mapping):
             raise ValueError(f"{start.uri} holds no state of an optimiser; set optimiser of start to false")
         _resume_optimiser(optimiser, state, start)
 
 
-def _read(path: Path, uri: str) -> Mapping[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise ValueError(f"{uri} is damaged: {error}") from error
-    except Exception as error:  # whatever a damaged or hostile pickle makes torch raise
-        reason = str(error).partition("\n")[0][:160]
-        raise ValueError(f"{uri} cannot be read as tensors alone ({reason}); convert it to safetensors") from error
-    if not isinstance(saved, Mapping):
-        raise ValueError(f"{uri} holds a {type(saved).__name__}, not weights by name")
+def _saved(weights: Weights) -> Mapping[str, Any]:
+    """All that a file of torch.save holds, once it was looked at; of another file nothing."""
+    path = weights.check()
+    if examine(path, weights.uri).form == "safetensors":
+        return {}
+    saved: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return saved
-
-
-def _bare(name: str) -> str:
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
 
 
 def _resume_optimiser(optimiser: torch.optim.Optimizer, state: Mapping[str, Any], start: Start) -> None:

@@ -115,6 +115,10 @@ def _smoothing(bench: Bench) -> Smoothing:
 
 def _figures(run: Recorded) -> pd.DataFrame:
     """The figures of the file, not those of the records, as text: the names of checkpoints may be numbers."""
+    if not (run.root / "metrics.csv").is_file():  # a share has none; where there should be some, `tables` says so
+        return pd.DataFrame(
+            {name: pd.Series(dtype=str) for name in ("bench", "checkpoint", "group", "metric", "value")}
+        )
     return pd.read_csv(run.root / "metrics.csv", dtype=str, keep_default_na=False)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from robustbench_diffaug.component import digest_of
 from robustbench_diffaug.engine import cells
-from robustbench_diffaug.files import Missing, Weights, path_of, sha256
+from robustbench_diffaug.files import Missing, Weights, sha256
 from robustbench_diffaug.recorded import LOCK, Recorded, keys_of, listed
 from robustbench_diffaug.runs import digests
 from robustbench_diffaug.verify.check import Check, judged
@@ -118,10 +118,11 @@ def _weights(run: Recorded) -> Looked:
             continue
         if weights.sha256 and weights.sha256 != said.get("sha256"):
             wrong.append(f"{entry.id}: {LOCK} says sha256 {weights.sha256}, the manifest {said.get('sha256')}")
-        if not path_of(weights.uri).is_file():
+        try:
+            seen, real = seen + 1, sha256(weights.path())
+        except ValueError:
             unseen.append(f"{entry.id}: no file {weights.uri}")
             continue
-        seen, real = seen + 1, sha256(path_of(weights.uri))
         if real != said.get("sha256"):
             wrong.append(f"{entry.id}: {weights.uri} has sha256 {real}, the manifest says {said.get('sha256')}")
     return wrong, unseen, seen

@@ -10,25 +10,28 @@ from math import isclose
 import numpy as np
 import pandas as pd
 
-from robustbench_diffaug.engine import cells
+from robustbench_diffaug import shares
+from robustbench_diffaug.engine import cells, lacking
 from robustbench_diffaug.folder import PICTURES
 from robustbench_diffaug.recorded import LOCK, Recorded
 from robustbench_diffaug.records import INDEX
 from robustbench_diffaug.report import tables
-from robustbench_diffaug.runs import Results, recorded_failures, results
+from robustbench_diffaug.runs import FORMATS, Results, recorded_failures, results
 from robustbench_diffaug.store import Cell
 from robustbench_diffaug.verify.check import Check, judged
 
-__all__ = ["figures", "records", "same_versions"]
+__all__ = ["KEYS", "close", "figures", "records", "same_versions", "table_of"]
 
 CLOSE = 1e-9  # of a figure, relative, where versions of packages are others
 SHOWN = 20  # differences of one file that are told
+FILES = [name for names in FORMATS.values() for name in names]
 FIGURE = ("bench", "checkpoint", "group", "metric")
 KEYS = {
     "metrics.csv": FIGURE,
     "metrics.parquet": FIGURE,
     "leaderboard.csv": ("checkpoint",),
     "costs.csv": ("bench", "checkpoint", "dataset"),
+    "pairs.csv": ("bench", "metric", "group", "a", "b"),
 }
 """The columns that name a row of a table."""
 
@@ -107,11 +110,17 @@ def same_versions(run: Recorded) -> tuple[bool, str]:
 
 def figures(run: Recorded) -> list[Check]:
     """Tables, manifest, page and pictures, computed again from the records and compared with the files."""
+    if partial := shares.partial(run.manifest, lacking(run.bare, run.archive)):
+        there = [f"{name} is there, and samples are missing" for name in sorted(FILES) if (run.root / name).exists()]
+        return [judged("figures", "", there, [f"there are none yet: {partial}"], 0)]
     made = results(run.bare, run.archive, run.manifest, recorded_failures(run.manifest))
     exact, why = same_versions(run)
     wrong, count = list[str](), 0
-    for name in ("metrics.csv", "leaderboard.csv", "costs.csv"):
+    for name in ("metrics.csv", "leaderboard.csv", "costs.csv", "pairs.csv"):
         count += made.files[name].count(b"\n") - 1
+        if name == "pairs.csv" and not (run.root / name).exists():
+            wrong.append("pairs.csv is not there; rdiff report RUN writes it")
+            continue
         wrong += _rows(run, name, (run.root / name).read_bytes(), made.files[name], exact)
     wrong += _parquet(run, made, exact)
     note = [] if exact else [f"compared to {CLOSE:g}: {why}"]
@@ -125,7 +134,7 @@ def _rows(run: Recorded, name: str, found: bytes, made: bytes, exact: bool) -> l
     """The rows and cells of a table that differ from what the records give."""
     if found == made:
         return []
-    ours, theirs = (_table(text) for text in (made, found))
+    ours, theirs = (table_of(text) for text in (made, found))
     if list(ours[0]) != list(theirs[0]):
         return [f"{name} line 1: its columns are not those of the records' table"]
     right, said = ({tuple(row[k] for k in KEYS[name]): row for row in rows[1:]} for rows in (ours, theirs))
@@ -136,7 +145,7 @@ def _rows(run: Recorded, name: str, found: bytes, made: bytes, exact: bool) -> l
             wrong.append(f"{name} line {line}: {' / '.join(key)} is no row that the records give")
             continue
         for column, one in right[key].items():
-            if one != row[column] and (exact or not _close(one, row[column])):
+            if one != row[column] and (exact or not close(one, row[column])):
                 where = f"{name} line {line}: {' / '.join(key)}"
                 wrong.append(f"{where}: {column} is {row[column]}, the records give {one}")
     if exact and not wrong:
@@ -144,7 +153,7 @@ def _rows(run: Recorded, name: str, found: bytes, made: bytes, exact: bool) -> l
     return wrong[:SHOWN] + ([f"{name}: and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else [])
 
 
-def _table(text: bytes) -> list[dict[str, str]]:
+def table_of(text: bytes) -> list[dict[str, str]]:
     """The rows of a table as mappings, the first of which is its header's; a short row is filled up with nothing."""
     rows = list(csv.reader(io.StringIO(text.decode("utf-8", "replace"))))
     header = rows[0] if rows else []
@@ -159,7 +168,8 @@ def _number(text: str) -> bool:
     return True
 
 
-def _close(one: str, other: str) -> bool:
+def close(one: str, other: str) -> bool:
+    """Whether two cells are numbers that differ by no more than versions of packages explain."""
     return _number(one) and _number(other) and isclose(float(one), float(other), rel_tol=CLOSE, abs_tol=CLOSE * 1e-3)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from robustbench_diffaug.engine import Outcome
-from robustbench_diffaug.recorded import LOCK, open_run
+from robustbench_diffaug.recorded import BOARD, LOCK, open_run
 from robustbench_diffaug.verify import files, tables
 from robustbench_diffaug.verify.certificates import certificates
 from robustbench_diffaug.verify.check import Check, guarded
@@ -86,6 +86,8 @@ def _several(name: str, make: Callable[[], list[Check]]) -> list[Check]:
 
 def _bare(root: Path) -> bool:
     """Whether a folder says of itself that it never had records."""
+    if (root / BOARD).is_file() and not (root / LOCK).exists():
+        return True
     try:
         manifest = json.loads((root / "manifest.json").read_bytes())
         return not (root / LOCK).exists() and any(key in manifest for key in BARE)

@@ -277,12 +277,12 @@ def refusal(path: Path, **more: str) -> str:
 def test_a_hostile_file_runs_nothing(tmp_path: Path, old: bool) -> None:
     trap, path = tmp_path / "sprung", tmp_path / "hostile.pt"
     torch.save({**state("plain"), "more": Trap(trap)}, path, _use_new_zipfile_serialization=not old)
-    assert "names posix.mkdir" in refusal(path)
+    assert "needs posix.mkdir" in refusal(path)
     torch.save(torch.nn.Linear(2, 2), path, _use_new_zipfile_serialization=not old)  # a whole module
-    assert "names torch.nn.modules.linear.Linear" in refusal(path)
+    assert "needs torch.nn.modules.linear.Linear" in refusal(path)
     assert not trap.exists()
     path.write_bytes(pickle.dumps(Trap(trap)))  # a bare pickle
-    assert "is a pickle" in refusal(path)
+    assert "needs posix.mkdir" in refusal(path)
     assert not trap.exists()
 
 
@@ -294,9 +294,9 @@ def test_a_hostile_file_runs_nothing(tmp_path: Path, old: bool) -> None:
         (torch.ones(3), "holds a Tensor; needed are tensors by name"),
         ({}, "holds a dict; needed are tensors by name"),
         ({"a": torch.ones(2, dtype=torch.int64)}, "under 'a', a Tensor; needed are plain tensors"),
-        ({"a": torch.eye(2).to_sparse()}, "under 'a', a Tensor"),
-        ({"a": torch.empty(2, device="meta")}, "under 'a', a Tensor"),
-        ({"a": torch.ones(1).expand(1_000_000, 1_000_000)}, "under 'a', a Tensor"),  # one number that claims 4 TB
+        ({"a": torch.eye(2).to_sparse()}, "holds a sparse tensor"),
+        ({"a": torch.empty(2, device="meta")}, "holds a tensor without numbers"),
+        ({"a": torch.ones(1).expand(1_000_000, 1_000_000)}, "claims the shape"),  # one number that claims 4 TB
         ({"a": torch.ones(2)}, "does not fit config: a has no place in this architecture"),
     ],
 )
@@ -310,7 +310,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     saved(good, "plain")
     for length in (len(good.read_bytes()) // 2, 200):
         (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:length])
-        assert "is damaged, or no file of weights" in refusal(tmp_path / "cut.pt")
+        assert "is a zip that is damaged or cut off" in refusal(tmp_path / "cut.pt")
     (tmp_path / "page.pt").write_text("<!DOCTYPE html>")
     assert "is an HTML page" in refusal(tmp_path / "page.pt")
     assert "has sha256" in refusal(good, sha256="0" * 64)

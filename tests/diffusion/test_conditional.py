@@ -205,6 +205,6 @@ def test_what_is_not_supported_is_said(tmp_path: Path) -> None:
         (tmp_path / "unet/config.json").write_text(json.dumps(config | {"sample_size": sample_size}))
         assert denoiser.size() == size
     scheduler = tmp_path / "scheduler/scheduler_config.json"
-    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
-    with pytest.raises(ValueError, match="prediction_type v_prediction is not supported"):
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "flow"}))
+    with pytest.raises(ValueError, match="prediction_type flow is not one of epsilon"):
         denoiser.sigmas()

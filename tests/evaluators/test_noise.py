@@ -243,7 +243,7 @@ def test_charts_of_entropy_have_the_line_of_a_uniform_prediction() -> None:
     ]
     metrics = pd.DataFrame(rows)
     used: set[Hashable] = set()
-    ((variable, panels),) = sections.curves(metrics, used, {"c": 0})
+    ((_, variable, panels),) = sections.curves(metrics, used, {"c": 0})
     assert variable == "t"
     titles = [panel.title for panel in panels]
     (entropy,) = [panel for panel in panels if panel.title == "Entropy on images diffused to t (ln K = 2.303 nats)"]

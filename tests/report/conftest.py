@@ -1,13 +1,27 @@
 """A made-up run of the size of the real ones: 4 checkpoints, 10 corruptions, 10 times, 2 noise levels, 13 radii."""
 
+import shutil
+from collections.abc import Callable, Iterator
 from math import exp, log, nan, sin, sqrt
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 import pytest
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Dialog, Page
+
 CHECKPOINTS = ("resnet-standard", "resnet-standard+diffaug", "vit-standard", "vit-standard+diffaug")
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+UNFOLD = (  # what is folded, and what would be laid out only near the window, where it would not count
+    "for (const details of document.querySelectorAll('details')) details.open = true;"
+    "for (const section of document.querySelectorAll('section')) section.style.contentVisibility = 'visible'"
+)
+Opened: TypeAlias = "Callable[..., Page]"
 NOISES = ("gaussian_noise", "shot_noise", "impulse_noise")
 CORRUPTIONS = (*NOISES, "defocus_blur", "motion_blur", "fog", "brightness", "contrast", "pixelate", "jpeg_compression")
 TIMES = tuple(range(50, 550, 50))
@@ -183,3 +197,43 @@ def manifest() -> dict[str, Any]:
 def costs() -> pd.DataFrame:
     """Its costs."""
     return made_costs()
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    """Chromium, without which the page is not tested; of a module, as other tests may start their own."""
+    if shutil.which(CHROMIUM) is None:
+        pytest.fail(f"{CHROMIUM} is missing: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def opened(browser: "Browser", tmp_path: Path) -> Iterator[Opened]:
+    """Opens a text as a page, and finds at the end that it was silent: no request, no error, no dialog."""
+    heard: list[str] = []
+    pages: "list[Page]" = []
+
+    def dismiss(dialog: "Dialog") -> None:
+        heard.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+    def open_page(content: str, scheme: Any = "light") -> "Page":
+        (tmp_path / "index.html").write_text(content, encoding="utf-8")
+        page = browser.new_page(color_scheme=scheme, viewport={"width": 1280, "height": 800})
+        page.on("console", lambda message: heard.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: heard.append(f"error: {error}"))
+        page.on("dialog", dismiss)
+        page.on("request", lambda request: heard.append(request.url))
+        page.goto((tmp_path / "index.html").as_uri())
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert [what for what in heard if not what.startswith(("file:", "data:"))] == []

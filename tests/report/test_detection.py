@@ -2,27 +2,22 @@
 
 import html
 import re
-import shutil
 from math import nan
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from playwright.sync_api import sync_playwright
 
 from robustbench_diffaug.report import detection_glossary, detection_sections, figures, glossary
 from robustbench_diffaug.report.cells import Cell, Table
 from robustbench_diffaug.report.detection_sections import Detection, Settings, detection
 from robustbench_diffaug.report.page import render
-from tests.report.conftest import made_metrics, row
+from tests.report.conftest import UNFOLD, Opened, made_metrics, row
 from tests.report.made_detection import AVERAGED, FIGURES, SCORES, SWEPT, VALUES, made_detection, ood
 
 CHECKPOINTS = ("resnet-standard", "resnet-standard+diffaug", "vit-standard")
 SMALL = (*AVERAGED, "knn", "energy")
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +127,9 @@ def test_other_benches_keep_their_sections_and_several_are_named() -> None:
     parts = [made_detection(CHECKPOINTS[:1], ("msp",), ("msp",)).assign(bench=bench) for bench in ("ood", "held-out")]
     page = render(pd.concat([made_metrics(), *parts]), {}, pd.DataFrame())
     sections = re.findall(r'<h2 id="([a-z]+)"', page)
-    assert sections == ["leaderboard", "shifts", "curves", "smoothing", "detection", "others", "glossary"]
+    assert sections == [
+        "overview", "shifts", "curves", "smoothing", "detection", "profiles", "others", "glossary",
+    ]  # fmt: skip
     assert re.findall(r"<h3><bdi>(ood|held-out)</bdi></h3>", page) == ["ood", "held-out"]
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
@@ -240,32 +237,19 @@ def test_patterns_of_figures_agree() -> None:
     assert set(detection_sections.FIGURES) == set(detection_glossary.FIGURES.split("|")) == set(FIGURES)
 
 
-def test_in_a_browser_it_fits_and_is_silent(text: str, tmp_path: Path) -> None:
-    if shutil.which(CHROMIUM) is None:
-        pytest.fail(f"{CHROMIUM} is missing: apt-get install chromium")
-    (tmp_path / "index.html").write_text(text, encoding="utf-8")
-    heard: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page()
-        page.on("console", lambda message: heard.append(message.text))
-        page.on("pageerror", lambda error: heard.append(str(error)))
-        page.goto((tmp_path / "index.html").as_uri())
-        page.evaluate("for (const details of document.querySelectorAll('details')) details.open = true")
-        for width in (360, 1400):
-            page.set_viewport_size({"width": width, "height": 800})
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            widths = page.locator("#settings ~ .columns dd").evaluate_all("all => all.map(dd => dd.clientWidth)")
-            assert widths and min(widths) > 100  # long names of settings do not squeeze their values
-        assert page.locator("svg:not([aria-hidden]):not(:has(> title + desc))").count() == 0
-        assert page.locator("table:not(:has(> caption))").count() == 0
-        heights = page.locator(".multiples svg").evaluate_all(
-            "all => all.map(svg => svg.getBoundingClientRect().height)"
-        )
-        assert len(heights) == len(AVERAGED) * len(CHECKPOINTS)
-        assert min(heights) > 30
-        browser.close()
-    assert heard == []
+def test_in_a_browser_it_fits_and_is_silent(text: str, opened: Opened) -> None:
+    page = opened(text)
+    page.evaluate(UNFOLD)
+    for width in (360, 1400):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        widths = page.locator("#settings ~ .columns dd").evaluate_all("all => all.map(dd => dd.clientWidth)")
+        assert widths and min(widths) > 100  # long names of settings do not squeeze their values
+    assert page.locator("svg:not([aria-hidden]):not(:has(> title + desc))").count() == 0
+    assert page.locator("table:not(:has(> caption))").count() == 0
+    heights = page.locator(".multiples svg").evaluate_all("all => all.map(svg => svg.getBoundingClientRect().height)")
+    assert len(heights) == len(AVERAGED) * len(CHECKPOINTS)
+    assert min(heights) > 30
 
 
 def test_the_page_names_what_a_gain_is_against(text: str) -> None:

@@ -85,6 +85,16 @@ def test_between_radii_the_curve_is_at_the_value_of_the_larger() -> None:
     assert points[1] == points[2] > points[0]  # down at once, then level
 
 
+def test_wide_numbers_of_the_vertical_axis_stay_within_the_chart() -> None:
+    for value in (-0.025, 0.5, 1234.5):
+        y = value * (1 + X / 100)
+        found = drawn([Line(X, y, y, y, 0)], axis=Axis("t"))
+        ends = re.findall(r'text-anchor: end[^>]*x="([\d.]+)"[^>]*>([^<]+)<', found)
+        assert ends
+        for at, text in ends:
+            assert float(at) > 6.3 * len(text) - 2, text  # 10.5 points, of which a digit is 6.3 wide
+
+
 def test_missing_values_and_intervals_leave_gaps_without_a_warning() -> None:
     y = np.array([0.5, nan, 0.5, 0.4, 0.3])
     nothing = np.full(5, nan)

@@ -1,0 +1,1 @@
+"""Two kinds for rdiff: an evaluator of translations, and ensembles."""

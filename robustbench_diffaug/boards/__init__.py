@@ -1,0 +1,1 @@
+"""Boards: several run folders, made by different people on different machines, on one page."""

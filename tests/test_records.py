@@ -39,6 +39,30 @@ def test_versions_of_one_image_are_one_cluster() -> None:
     assert clusters[0] == clusters[2] != clusters[4]
 
 
+def test_the_numbers_of_images_are_in_the_order_of_their_names() -> None:
+    samples = ["b", "a", "b", "c", "a\u00e9", "a"]
+    origins = ["x", "x\x01y", "x", "m", "x", "x"]
+    found = Records({"origin": np.array(origins), "sample": np.array(samples), "dataset": np.array(["d"] * 6)}, ())
+    assert found.images.tolist() == np.unique(found.clusters(), return_inverse=True)[1].tolist()
+
+
+@pytest.mark.parametrize("keep", [{"m", "o"}, {"m/fog@s5", "o"}, {"m/fog@s5"}, {"m", "m/fog@s5", "o"}])
+def test_what_is_cut_out_has_the_same_images(keep: set[str]) -> None:
+    whole = records()
+    assert whole.images.tolist() == [0, 1, 0, 1, 2]
+    found = whole.of(lambda dataset: dataset.name in keep)
+    rows = [row for row, name in enumerate(whole["dataset"]) if name in keep]
+    assert found.images.tolist() == whole.images[rows].tolist()
+    assert found["hit"].tolist() == rows and list(found.columns) == list(whole.columns) and len(found) == len(rows)
+    assert found.of(lambda dataset: dataset.name == "o")["hit"].tolist() == ([4] if "o" in keep else [])
+
+
+def test_a_sample_that_is_there_twice_is_found() -> None:
+    assert records().repeated() is None
+    columns = {name: column[[0, 1, 2, 3, 1, 4]] for name, column in records().columns.items()}
+    assert Records(columns, DECLARED).repeated() == 4
+
+
 def test_resampling_depends_on_the_seed_the_datasets_and_the_figure() -> None:
     keys = {records().key("a"), records().key("b"), records(seed=1).key("a"), records((CLEAN,)).key("a")}
     assert len(keys) == 4

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from itertools import pairwise
-from math import inf, isnan, sqrt
+from math import fsum, inf, isnan, sqrt
 
 import numpy as np
 import pytest
@@ -43,6 +43,36 @@ def hits(k: int, n: int) -> NDArray[np.bool_]:
 
 def covers(estimate: Estimate, truth: float) -> bool:
     return estimate.low <= truth <= estimate.high
+
+
+# --- resamples -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e12])
+def test_resampled_sums_are_the_true_ones_whatever_the_order(scale: float) -> None:
+    whole, real = (draws(300, "whole") * 9).astype(int), scale * (draws(300, "real") - 0.4)
+    columns = np.stack([whole.astype(float), real, np.zeros(300)], axis=1)
+    found = stats._resampled(K, columns, 40, 0.95)
+    drawn = [row for block in stats._resamples(K, 300, 40, 0.95) for row in block]
+    assert found[:, 0].tolist() == [whole[row].sum() for row in drawn]
+    assert found[:, 1].tolist() == pytest.approx([fsum(real[row]) for row in drawn], rel=1e-15)
+    backwards = stats._resampled(K, columns[:, ::-1].copy(), 40, 0.95)
+    assert np.array_equal(found, backwards[:, ::-1])
+
+
+def test_resamples_that_are_remembered_give_the_same() -> None:
+    values, clusters = draws(400, "remembered"), np.arange(400) // 2
+    fresh = clustered_mean(values, clusters, K), ece_estimate(values, values > 0.5, K, clusters)
+    with stats.remembering():
+        for _ in range(2):
+            assert (clustered_mean(values, clusters, K), ece_estimate(values, values > 0.5, K, clusters)) == fresh
+
+
+def test_clusters_may_be_numbers_with_gaps() -> None:
+    numbers = np.array([7, 0, 7, 3, 0, 3])
+    groups, count = stats.grouped(numbers, 6)
+    assert (groups.tolist(), count) == ([2, 0, 2, 1, 0, 1], 3)
+    assert stats.grouped(numbers - 10, 6)[0].tolist() == groups.tolist()
 
 
 # --- means -----------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def _differs(mine: Shaped[np.ndarray, "n ..."], theirs: Shaped[np.ndarray, "n ..
 
 def _any(odd: Bool[np.ndarray, "n ..."]) -> Bool[np.ndarray, " n"]:
     """The samples of which any number is odd."""
-    found: np.ndarray = np.asarray(odd).reshape(len(odd), -1).any(axis=1)
+    found: np.ndarray = np.logical_or.reduce(odd.reshape(len(odd), -1), axis=1)
     return found
 
 

@@ -152,6 +152,9 @@ class Deferred(Mapping[Key, Basis]):
     def __getitem__(self, key: Key) -> Basis:
         return self._made[key]()
 
+    def __contains__(self, key: object) -> bool:  # what a mapping has of its own would make the basis
+        return key in self._made
+
     def __iter__(self) -> Iterator[Key]:
         return iter(self._made)
 

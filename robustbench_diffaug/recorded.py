@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from pydantic import Field, NonNegativeInt, ValidationError
 
@@ -64,7 +64,25 @@ class Absent(Dataset):
         def read(rows: Sequence[int]) -> Any:
             raise ValueError(f"the images of {self.name} are not at hand; only its records are")
 
-        return Images([str(row) for row in range(self.n)], read)
+        return Images(_Positions(self.n), read)
+
+
+@dataclass(frozen=True)
+class _Positions(Sequence[str]):
+    """The positions of so many images as their names, none of which is made before it is asked for."""
+
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> Sequence[str]: ...
+    def __getitem__(self, row: int | slice) -> str | Sequence[str]:
+        found = range(self.size)[row]
+        return str(found) if isinstance(found, int) else [str(each) for each in found]
 
 
 @dataclass(frozen=True)

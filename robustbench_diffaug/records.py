@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
+from itertools import pairwise
 from math import nan, prod
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -21,6 +22,9 @@ Better: TypeAlias = Literal["higher", "lower"]
 
 INDEX = ("dataset", "origin", "group", "severity", "sample", "label", "image")
 """Columns that every record has; `image` is BLAKE2b-64 of the pixels that were evaluated."""
+
+
+_NOWHERE = np.array([], dtype=np.intp)
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,20 @@ class Piece(NamedTuple):
     read: Callable[[Sequence[str]], Mapping[str, Shaped[np.ndarray, "n ..."]]]
 
 
+class Span(NamedTuple):
+    """Rows that follow each other, of one dataset.
+
+    Arguments:
+        dataset: Its name.
+        start: The first row.
+        stop: The one after the last.
+    """
+
+    dataset: str
+    start: int
+    stop: int
+
+
 class _Some(Mapping[str, Shaped[np.ndarray, "n ..."]]):
     """Some rows of columns, each cut when it is asked for: few of them ever are.
 
@@ -174,13 +192,16 @@ class Records:
         if not len(self):
             return replace(self, declared=declared)
         names = {dataset.name for dataset in declared}
-        known, places = self.datasets
-        rows = np.flatnonzero(np.array([name in names for name in known], dtype=bool)[places])
-        together = len(rows) and rows[-1] - rows[0] + 1 == len(rows)
-        cut = slice(int(rows[0]), int(rows[-1]) + 1) if together else rows
+        spans = [span for span in self.spans if span.dataset in names]
+        together = all(one.stop == other.start for one, other in pairwise(spans))
+        each = [np.arange(span.start, span.stop) for span in ([] if together and spans else spans)]
+        cut = slice(spans[0].start, spans[-1].stop) if together and spans else np.concatenate([*each, _NOWHERE])
         pieces = tuple(piece for piece in self.pieces if piece.dataset in names)
         found = replace(self, columns=_Some(self.columns, cut), declared=declared, pieces=pieces)
-        vars(found)["datasets"] = known, places[cut]  # where `cached_property` looks first
+        ends = np.cumsum([span.stop - span.start for span in spans]).tolist()
+        moved = zip(spans, [0, *ends], ends, strict=False)
+        # Where `cached_property` looks first.
+        vars(found)["spans"] = tuple(Span(span.dataset, start, stop) for span, start, stop in moved)
         if "images" in vars(self):
             vars(found)["images"] = self.images[cut]
         return found
@@ -228,14 +249,30 @@ class Records:
         return names
 
     @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """Which rows are of which dataset."""
+        column = self.columns["dataset"]
+        starts = [0, *(np.flatnonzero(column[1:] != column[:-1]) + 1).tolist()]
+        ends = [*starts[1:], len(column)]
+        return tuple(Span(str(column[start]), start, stop) for start, stop in zip(starts, ends, strict=True) if stop)
+
+    @cached_property
     def datasets(self) -> tuple[tuple[str, ...], Int[np.ndarray, " n"]]:
-        """The names of datasets, and the number of that of each row."""
-        return _numbered(self.columns["dataset"])
+        """The names of datasets that there are rows of, and the number of that of each row."""
+        names = tuple(dict.fromkeys(span.dataset for span in self.spans))
+        numbers = {name: number for number, name in enumerate(names)}
+        each = [numbers[span.dataset] for span in self.spans]
+        return names, np.repeat(np.array(each, dtype=np.intp), [span.stop - span.start for span in self.spans])
+
+    @cached_property
+    def _samples(self) -> tuple[tuple[str, ...], Int[np.ndarray, " n"]]:
+        """The names of samples, and the number of that of each row."""
+        return _numbered(self.columns["sample"])
 
     @cached_property
     def images(self) -> Int[np.ndarray, " n"]:
         """A number of the image behind each row, in the order of the names that `clusters` gives."""
-        (origins, from_), (samples, which) = (_numbered(self.columns[name]) for name in ("origin", "sample"))
+        (origins, from_), (samples, which) = _numbered(self.columns["origin"]), self._samples
         pairs, places = np.unique(from_ * len(samples) + which, return_inverse=True)
         names = [f"{origins[pair // len(samples)]}\x1f{samples[pair % len(samples)]}" for pair in pairs.tolist()]
         order = np.empty(len(names), dtype=np.intp)
@@ -245,7 +282,7 @@ class Records:
 
     def repeated(self) -> int | None:
         """A row whose sample and dataset another has too; None where there is none."""
-        names, which = _numbered(self.columns["sample"])
+        names, which = self._samples
         places = self.datasets[1] * len(names) + which
         order = np.argsort(places, kind="stable")
         twice = np.flatnonzero(np.diff(places[order]) == 0)
@@ -280,8 +317,27 @@ def shared(one: Records, other: Records) -> tuple[Int[np.ndarray, " m"], Int[np.
 
 def _numbered(column: Shaped[np.ndarray, " n"]) -> tuple[tuple[str, ...], Int[np.ndarray, " n"]]:
     """The distinct texts of a column, and the number of that of each row."""
+    starts = np.concatenate([[0], np.flatnonzero(column[1:] != column[:-1]) + 1]) if len(column) else _NOWHERE
+    if len(starts) < len(column):  # of rows that follow each other one is enough
+        names, which = _numbered(column[starts])
+        return names, np.repeat(which, np.diff([*starts.tolist(), len(column)]))
     found = pa.array(column.tolist(), pa.string()).dictionary_encode()
     return tuple(found.dictionary.to_pylist()), found.indices.to_numpy(zero_copy_only=False).astype(np.intp)
+
+
+def _texts(column: pa.StringArray) -> Shaped[np.ndarray, " n"]:
+    """A column of texts; quickly where they are ASCII and of one length, or there are few of them."""
+    _, offsets, content = column.buffers()
+    if len(column) and offsets is not None and content is not None and not column.null_count:
+        ends = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
+        length = int(ends[1] - ends[0])
+        if length and (np.diff(ends) == length).all():
+            found = np.frombuffer(content, np.uint8)[ends[0] : ends[-1]]
+            if found.min() and found.max() < 128:
+                return found.astype(np.uint32).view(f"U{length}")
+    words = column.dictionary_encode()
+    which = words.indices.to_numpy(zero_copy_only=False)
+    return np.asarray(np.array(words.dictionary.to_pylist(), dtype=np.str_)[which])
 
 
 def _cut(count: int, size: int) -> Iterator[int]:
@@ -330,8 +386,7 @@ def from_table(table: pa.Table) -> dict[str, Shaped[np.ndarray, "n ..."]]:
             shape = tuple(map(int, (entry.metadata or {})[b"shape"].split(b"x")))
             array = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), *shape)
         elif pa.types.is_string(entry.type):
-            words = column.dictionary_encode()  # most texts are there many times
-            array = np.array(words.dictionary.to_pylist(), dtype=np.str_)[words.indices.to_numpy(zero_copy_only=False)]
+            array = _texts(column)
         else:
             array = column.to_numpy(zero_copy_only=False)
         array = array.view()

@@ -27,10 +27,7 @@ References:
         https://doi.org/10.1093/biomet/26.4.404
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from math import floor, inf, nan, sqrt
 from typing import Any, NamedTuple
 
@@ -38,17 +35,17 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betainc, betaincinv, ndtri
 
+from robustbench_diffaug.resamples import draws, sums_of_draws
+
 __all__ = ["LEVEL", "Curve", "Estimate", "auroc", "binomial_lower", "bootstrap", "clustered_mean", "curve_estimates"]
 __all__ += ["ece", "ece_estimate", "exact_proportion", "fpr_at_tpr", "grouped", "mask", "mean", "proportion", "rows"]
-__all__ += ["remembering", "unseen"]
+__all__ += ["unseen"]
 
 Rows = NDArray[Any]  # one entry per row: booleans, numbers or ids, of shape (n,)
 Floats = NDArray[np.float64]
 
 LEVEL = 0.95
 FEW = 10  # hits or misses, with fewer of which a bootstrap's interval is too narrow
-BLOCK = 1 << 18  # cluster indices drawn at once: 2 MB an array, which stays in cache; no result depends on it
-KEPT = 1 << 29  # bytes of resamples that are remembered
 
 
 class Estimate(NamedTuple):
@@ -166,94 +163,6 @@ def binomial_lower(k: Rows | int, n: int, alpha: float) -> Floats:
     return np.where(hits == 0, 0.0, bound)
 
 
-def _resamples(key: int, clusters: int, resamples: int, level: float) -> Iterator[NDArray[np.intp]]:
-    """Blocks of resamples: cluster indices, of shape (resamples in the block, clusters)."""
-    from robustbench_diffaug.rng import uniform  # loads torch, which proportions and certificates do without
-
-    if not 0 < level < 1 or (resamples + 1) * (1 - level) / 2 < 1 - 1e-9:
-        raise ValueError(f"{resamples} resamples have no interval at {level=}: take 1000, and a level in ]0, 1[")
-    step = max(1, BLOCK // clusters)
-    for start in range(0, resamples, step):
-        draws = range(start, min(start + step, resamples))
-        # A uniform is at most 1 - 2**-53, so its product with the number of clusters never rounds up to it.
-        yield (uniform(key, draws, (clusters,)) * clusters).astype(np.intp)
-
-
-Blocks = list[NDArray[np.unsignedinteger[Any]]]
-
-
-@dataclass
-class _Memory:
-    """How often each resample has drawn each cluster, by the stream and the sizes, and how many bytes these are."""
-
-    blocks: dict[tuple[int, int, int], Blocks] = field(default_factory=dict)
-    held: int = 0
-
-
-_memory: ContextVar[_Memory | None] = ContextVar("memory", default=None)
-
-
-@contextmanager
-def remembering() -> Iterator[None]:
-    """Within it the resamples of a stream are drawn once, as far as `KEPT` goes; no result depends on it.
-
-    Checkpoints that saw the same images share their streams, and drawing takes longer than what follows.
-    """
-    token = _memory.set(_Memory())
-    try:
-        yield
-    finally:
-        _memory.reset(token)
-
-
-def _counted(key: int, clusters: int, resamples: int, level: float) -> Iterator[NDArray[Any]]:
-    """Blocks of resamples: how often each has drawn each cluster, of shape (resamples in the block, clusters)."""
-    memory, place = _memory.get(), (key, clusters, resamples)
-    if memory is not None and place in memory.blocks:
-        yield from memory.blocks[place]
-        return
-    made: Blocks = []
-    room = memory is not None and memory.held + clusters * resamples <= KEPT
-    for drawn in _resamples(key, clusters, resamples, level):
-        starts = np.arange(len(drawn))[:, None] * clusters
-        counts = np.bincount((drawn + starts).ravel(), minlength=drawn.size).reshape(drawn.shape)
-        small = counts.astype(np.min_scalar_type(counts.max()))
-        made += [small] if room else []
-        yield small
-    if memory is not None and room:
-        memory.blocks[place] = made
-        memory.held += sum(block.nbytes for block in made)
-
-
-def _resampled(key: int, columns: Floats, resamples: int, level: float) -> Floats:
-    """The sums of columns over the clusters of each resample, of shape (resamples, columns).
-
-    Numbers are split into a coarse and a fine part, multiples of powers of two such that no sum of either is rounded.
-    So the result, which is the true sum to its last digits, does not depend on the order of additions, and thereby not
-    on the machine or the number of threads.
-
-    Arguments:
-        key: The stream.
-        columns: Of each cluster, of shape (clusters, columns).
-        resamples: How many.
-        level: Of the interval that there are enough of them for.
-    """
-    clusters = len(columns)
-    coarse, steps = _multiples(columns)
-    fine, small = _multiples(columns - coarse * steps)
-    width = columns.shape[1]
-    parts = np.concatenate([coarse, fine], axis=1) if fine.any() else coarse
-    sums = np.concatenate([block.astype(np.float64) @ parts for block in _counted(key, clusters, resamples, level)])
-    return sums[:, :width] * steps + (sums[:, width:] * small if fine.any() else 0)
-
-
-def _multiples(columns: Floats) -> tuple[Floats, Floats]:
-    """Columns in whole steps, and the step of each: with as many summands as rows, no sum of steps reaches 2^53."""
-    most = np.frexp(len(columns) * np.abs(columns).max(axis=0))[1]
-    steps = np.ldexp(1.0, np.maximum(most, -900) - 52)  # of what is smaller than that, nothing is left
-    return np.rint(columns / steps), steps
-
-
 def _limits(replicates: Floats, level: float) -> tuple[float, float]:
     """The percentile interval; a replicate that is NaN might be anything, so it is both the lowest and the highest."""
     rank = floor((len(replicates) + 1) * (1 - level) / 2 + 1e-9)  # 40 x 0.025 is 1, whatever its rounding
@@ -289,18 +198,21 @@ def clustered_mean(
     `bounded` says that they must lie in [0, 1], which bounds the mean of rows that all agree. Without it, values
     that vary between no clusters, or are all of one cluster, give (-inf, inf).
 
-    With fewer than ten clusters' worth of hits, or of misses, the bootstrap is too narrow (91 % where 1.5 hits were
-    expected), and the interval reaches at least as far as Wilson's of that share of as many independent rows.
+    With fewer than ten clusters' worth of hits, or of misses, and a spread that rests on fewer than ten clusters, the
+    bootstrap is too narrow (91 % where 1.5 hits were expected), and the interval reaches at least as far as Wilson's of
+    that share of as many independent rows.
     """
     found = rows("values", values, unit=bounded)
     groups, count = grouped(clusters, len(found))
     sums, sizes = np.bincount(groups, found), np.bincount(groups).astype(np.float64)
     alike = bool((sizes == sizes[0]).all())
-    drawn = _resampled(key, np.stack([sums] if alike else [sums, sizes], axis=1), resamples, level)
+    drawn = sums_of_draws(key, np.stack([sums] if alike else [sums, sizes], axis=1), resamples, level)
     value = float(sums.sum() / sizes.sum())
     low, high = _limits(drawn[:, 0] / (count * sizes[0] if alike else drawn[:, 1]), level)
     if bounded:
-        if high - low > 1e-12 and count * min(value, 1 - value) < FEW:
+        squares = (sums - value * sizes) ** 2  # whose spread rests on squares.sum()^2 / (squares^2).sum() clusters
+        few = float(squares.sum()) ** 2 < FEW * float(squares @ squares)
+        if high - low > 1e-12 and few and count * min(value, 1 - value) < FEW:
             z = float(ndtri((1 + level) / 2))
             centre, half = value + z**2 / (2 * count), z * sqrt(value * (1 - value) / count + (z / (2 * count)) ** 2)
             least, most = ((centre + side) / (1 + z**2 / count) for side in (-half, half))
@@ -323,7 +235,7 @@ def bootstrap(
     groups, count = grouped(clusters, len(clusters))
     replicates = [
         float(statistic(np.bincount(drawn, minlength=count)[groups].astype(np.float64)))
-        for block in _resamples(key, count, resamples, level)
+        for block in draws(key, count, resamples, level)
         for drawn in block
     ]
     return _limits(np.array(replicates), level)
@@ -388,11 +300,11 @@ def ece_estimate(
     places, within = np.unique(where, return_inverse=True)
     at, cells = groups * len(places) + within, count * len(places)
     parts = [np.bincount(at, each, minlength=cells).reshape(count, -1) for each in (gap, noise)]
-    drawn = _resampled(key, np.concatenate([*parts, sizes[:, None]], axis=1), resamples, level)
+    drawn = sums_of_draws(key, np.concatenate([*parts, sizes[:, None]], axis=1), resamples, level, fine=False)
     errors = np.abs(drawn[:, :-1]).reshape(resamples, 2, -1).sum(axis=2) / drawn[:, -1:]
     (least, _), (_, chance) = (_limits(errors[:, index], level) for index in (0, 1))
     low, high = value - chance, max(value, 2 * value - least)
-    if high - low <= 1e-12:
+    if high - low <= 1e-9:  # but for rounding
         # A share u of unseen clusters moves the summed gaps by at most u, and takes u of the ones that are there.
         margin = unseen(count, level) * (1 + value)
         low, high = value - margin, value + margin

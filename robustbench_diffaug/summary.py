@@ -11,13 +11,14 @@ from typing import Any, NamedTuple, TypeAlias
 
 import pandas as pd
 
-from robustbench_diffaug import reading, stats
+from robustbench_diffaug import reading, resamples
 from robustbench_diffaug.checkpoints.base import Checkpoint
 from robustbench_diffaug.checkpoints.state import shapes
 from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.engine import cells, reason
 from robustbench_diffaug.files import Weights
 from robustbench_diffaug.pairs import Pairs
+from robustbench_diffaug.prefetch import ahead
 from robustbench_diffaug.records import Metric, Records
 from robustbench_diffaug.shown import Shown, shown
 from robustbench_diffaug.store import Cell, Store
@@ -70,15 +71,14 @@ def metrics(suite: Suite, store: Store, pictures: bool = True) -> Told:
     rows: list[dict[str, Any]] = []
     failures, remarks, drawn, tests = [], list[str](), list[Shown](), Pairs()
     for bench in suite.benches:
-        with stats.remembering():  # checkpoints share the resamples of a bench
+        with resamples.remembering():  # checkpoints share the resamples of a bench
             columns = {entry.id: column for entry, column in _by_checkpoint(suite, bench)}
             read = _reader(bench, store, columns)
             compared, odd = _compared(bench, read, tuple(columns))
             if odd:
                 failures.append(_failure(bench, "all", odd))
-            for id in columns:
+            for id, records in ahead((id, read(id)) for id in columns):
                 reading.begin(f"figures of {bench.name}, {id}")
-                records = read(id)
                 named = {"suite": suite.name, "bench": bench.name, "evaluator": bench.evaluator.kind, "checkpoint": id}
                 try:
                     found = _figures(bench, records, compared.get(id, []))

@@ -47,6 +47,14 @@ def full(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--full"))
 
 
+@pytest.fixture(scope="session")
+def board_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs for boards, made once for all of their tests."""
+    from tests.board_runs import made_runs
+
+    return made_runs(tmp_path_factory.mktemp("boards"))
+
+
 @pytest.fixture
 def rdiff(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -143,7 +143,7 @@ def test_a_subset_of_the_checkpoints(root: Path, tmp_path: Path) -> None:
 
 def test_bad_usage(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
-        ((root, root), "one report of 2 runs cannot be made"),
+        ((root, root), "a board of 2 runs is none of them; say where it goes with --output"),
         ((tmp_path / "none",), "there is no folder"),
         ((tmp_path,), "is no finished run folder: it has no manifest.json"),
         ((root, "--format", "tex"), "no format is called 'tex'"),

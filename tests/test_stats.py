@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu, norm
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from robustbench_diffaug import stats
+from robustbench_diffaug import resamples, stats
 from robustbench_diffaug.rng import key, normal, uniform
 from robustbench_diffaug.stats import (
     Estimate,
@@ -52,18 +52,18 @@ def covers(estimate: Estimate, truth: float) -> bool:
 def test_resampled_sums_are_the_true_ones_whatever_the_order(scale: float) -> None:
     whole, real = (draws(300, "whole") * 9).astype(int), scale * (draws(300, "real") - 0.4)
     columns = np.stack([whole.astype(float), real, np.zeros(300)], axis=1)
-    found = stats._resampled(K, columns, 40, 0.95)
-    drawn = [row for block in stats._resamples(K, 300, 40, 0.95) for row in block]
+    found = resamples.sums_of_draws(K, columns, 40, 0.95)
+    drawn = [row for block in resamples.draws(K, 300, 40, 0.95) for row in block]
     assert found[:, 0].tolist() == [whole[row].sum() for row in drawn]
     assert found[:, 1].tolist() == pytest.approx([fsum(real[row]) for row in drawn], rel=1e-15)
-    backwards = stats._resampled(K, columns[:, ::-1].copy(), 40, 0.95)
+    backwards = resamples.sums_of_draws(K, columns[:, ::-1].copy(), 40, 0.95)
     assert np.array_equal(found, backwards[:, ::-1])
 
 
 def test_resamples_that_are_remembered_give_the_same() -> None:
     values, clusters = draws(400, "remembered"), np.arange(400) // 2
     fresh = clustered_mean(values, clusters, K), ece_estimate(values, values > 0.5, K, clusters)
-    with stats.remembering():
+    with resamples.remembering():
         for _ in range(2):
             assert (clustered_mean(values, clusters, K), ece_estimate(values, values > 0.5, K, clusters)) == fresh
 
@@ -131,7 +131,7 @@ def test_results_are_a_function_of_the_key(monkeypatch: pytest.MonkeyPatch) -> N
     assert clustered_mean(values, groups, K) == expected
     assert clustered_mean(values, groups, K + 1) != expected
     for block in (1, 101, 1000, 1 << 30):
-        monkeypatch.setattr(stats, "BLOCK", block)
+        monkeypatch.setattr(resamples, "BLOCK", block)
         assert clustered_mean(values, groups, K) == expected
         assert bootstrap(lambda weights: float(weights @ values), groups, K, resamples=100) == limits
 

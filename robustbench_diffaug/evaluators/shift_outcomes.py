@@ -106,7 +106,7 @@ def _both(one: Kept, other: Kept) -> Kept:
 
 def _present(records: Records) -> list[Declared]:
     """The datasets that there are rows of."""
-    names = set(np.unique(records["dataset"]).tolist()) if len(records) else set()
+    names = set(records.datasets[0]) if len(records) else set()
     return [dataset for dataset in records.declared if dataset.name in names]
 
 

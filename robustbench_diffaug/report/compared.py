@@ -67,7 +67,8 @@ def _number(value: float, digits: int) -> str:
         return "–"
     if isinf(value):
         return "∞" if value > 0 else "−∞"
-    return f"{value:.{digits}f}".replace("-", "−")
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if not text.strip("-0.") else text.replace("-", "−")
 
 
 def _probability(value: float) -> str:

@@ -197,7 +197,7 @@ def test_few_groups_of_rows_are_read_and_held(tmp_path: Path, monkeypatch: pytes
         return original(self, number, columns=columns, **more)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counting)
-    source = opened(tmp_path / "p.parquet", crop=8).opened()
+    source = opened(tmp_path / "p.parquet", crop=8, threads=1).opened()  # several may come in another order
     assert read[-4:] == [0, 1, 2, 3]  # the labels
     del read[:]
     source.read([0, 1, 2, 3])

@@ -192,6 +192,7 @@ def _forget(held: Mapping[str, Held]) -> None:
 def _as_it_was() -> Iterator[None]:
     """After it torch's settings and generator, which a run sets for the whole process, are the caller's again."""
     kept = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     flags = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
     current = torch.cuda.current_device() if torch.cuda.is_initialized() else None
@@ -200,6 +201,7 @@ def _as_it_was() -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(kept[0], warn_only=kept[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
         cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = flags
         if current is not None:
             torch.cuda.set_device(current)

@@ -119,12 +119,14 @@ def test_the_caller_s_network_and_torch_stay_as_they_were() -> None:
     network = Counting().train()
     state = {name: value.clone() for name, value in network.state_dict().items()}
     flags = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     drawn = torch.get_rng_state()
     result = run(SMALL, {"mine": network}, quiet=True)
     assert network.training and network.dropout.training and network.calls == 0
     assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
     assert len(network._forward_hooks) == 1
+    assert filled == torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     assert flags == (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32)
     assert torch.equal(torch.get_rng_state(), drawn)
     assert run(SMALL, {"mine": network}, quiet=True).digest == result.digest

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from robustbench_diffaug import rng
+from robustbench_diffaug.engine import settle
 from robustbench_diffaug.train.loop import seconds_per_step, train
 from robustbench_diffaug.train.networks import network_of
 
@@ -80,6 +81,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(classifier: Make, tmp_path: Path) 
 
 
 def test_half_precision_is_near(classifier: Make, tmp_path: Path) -> None:
+    settle("cpu")  # deterministic kernels, as the command has them
     full = [step.losses["clean"] for step in train(classifier(), tmp_path / "full.pt")]
     half = [step.losses["clean"] for step in train(classifier(precision="bfloat16"), tmp_path / "half.pt")]
     assert half == pytest.approx(full, rel=0.05)

@@ -213,6 +213,7 @@ def report(
     *,
     settings: Sequence[str] = (),
     formats: Sequence[str] = tuple(runs.FORMATS),
+    layouts: Sequence[str] = (),
     trust: bool = False,
 ) -> Result:
     """Computes metrics, leaderboard and page again from records alone; as `rdiff report` does.
@@ -221,19 +222,20 @@ def report(
         run: What `run` returned, or a run folder.
         output: Where the report goes; left out, it replaces that of the run folder.
         settings: 'a.b=value', each of a field that records do not depend on, such as alpha. Needs `output`.
-        formats: 'html', 'csv'.
+        formats: 'html', 'csv', and elsewhere than in the run folder also 'md', 'latex', 'json'.
+        layouts: Tables of a paper, such as 'diffaug-table1'. Needs `output`.
         trust: Whether the folder's suite may name code of the user's, which then runs.
 
     Raises:
-        ValueError: If the folder is no run's, or a setting would need forwards; one line.
+        ValueError: If the folder is no run's, or has nothing of a layout, or a setting would need forwards; one line.
     """
     for word in formats:
-        if word not in runs.FORMATS:
-            raise ValueError(f"no format is called {word!r}{suggest(word, list(runs.FORMATS))}")
+        if word not in runs.ASKED:
+            raise ValueError(f"no format is called {word!r}{suggest(word, list(runs.ASKED))}")
     root, trusted = (run.root, trust or run.trust) if isinstance(run, Result) else (Path(run), trust)
     place = None if output is None else Path(output)
     with _in_python():
-        return _result(runs.report(root, place, tuple(settings), tuple(formats), trusted), trusted)
+        return _result(runs.report(root, place, tuple(settings), tuple(formats), trusted, tuple(layouts)), trusted)
 
 
 def _result(done: runs.Finished, trust: bool) -> Result:

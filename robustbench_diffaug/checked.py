@@ -20,13 +20,13 @@ from robustbench_diffaug import document, rng, suite
 from robustbench_diffaug.batch import Limits
 from robustbench_diffaug.checkpoints.base import Checkpoint
 from robustbench_diffaug.checkpoints.model import Model
-from robustbench_diffaug.checkpoints.notes import noting
 from robustbench_diffaug.checkpoints.outputs import odd
 from robustbench_diffaug.component import Value, look_again
 from robustbench_diffaug.data.embedded import Mnist5k
 from robustbench_diffaug.diffusion.base import Denoiser
 from robustbench_diffaug.files import Weights, sha256
 from robustbench_diffaug.gate import CAUSES, no_better_than_chance
+from robustbench_diffaug.notes import noting
 from robustbench_diffaug.weight_files import examine
 
 __all__ = ["Found", "Shown", "entries", "entry_of", "images_for", "look", "show"]

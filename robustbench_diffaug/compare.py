@@ -14,11 +14,12 @@ from robustbench_diffaug import paired
 from robustbench_diffaug.component import suggest
 from robustbench_diffaug.engine import cells, reason
 from robustbench_diffaug.files import apart, sha256
-from robustbench_diffaug.folder import put
+from robustbench_diffaug.folder import replaced, vacant
 from robustbench_diffaug.outcomes import Basis, Key
 from robustbench_diffaug.pairs import ALPHA, PairTest, difference
-from robustbench_diffaug.recorded import Recorded, listed, open_run
-from robustbench_diffaug.records import Records, shared
+from robustbench_diffaug.protocols import Measured, benches, unlike
+from robustbench_diffaug.recorded import Recorded, open_run
+from robustbench_diffaug.records import Records
 from robustbench_diffaug.report import compared, tables
 from robustbench_diffaug.stats import LEVEL
 from robustbench_diffaug.suite import Bench
@@ -30,7 +31,6 @@ COLUMNS += "effect effect_low effect_high effect_kind n_needed better unit".spli
 FORMATS = {"csv": "compare.csv", "html": "compare.html"}
 POWER = 0.8
 """The chance with which the number of images that is told would show a difference of the size that was found."""
-SKIPPED = ("uri", "gains", "baselines")  # fields of evaluators that say nothing of how a checkpoint is measured
 
 
 class Side(NamedTuple):
@@ -73,7 +73,7 @@ def compare(roots: Sequence[Path], a: str, b: str, pattern: str = "*", trust: bo
             continue
         met = True
         if one.run is not other.run:
-            _same(one.run, other.run, bench, twin)
+            _same(one.run, other.run, bench.name)
         rows += _bench(one, other, bench, twin, pattern, names)
     if not met:
         raise ValueError(f"no bench has both {a} and {b}; rdiff report RUN shows what each has")
@@ -159,8 +159,9 @@ def _bench(
     if not keys:
         return
     records = _records(one, bench), _records(other, twin)
-    if one.run is not other.run and all(map(len, records)):
-        _same_pixels(bench.name, *records)
+    # Manifests that say that the images are the same do not make them so.
+    if one.run is not other.run and all(map(len, records)) and (odd := unlike(*records)):
+        raise ValueError(f"the runs cannot be compared: benches.{bench.name}: {odd} differs")
     first, second = _bases(one, bench, records[0]), _bases(other, twin, records[1])
     for key in keys:
         about = {"bench": bench.name, "metric": key[0], "group": key[1], "a": one.id, "b": other.id}
@@ -255,70 +256,14 @@ def needed(found: PairTest, power: float = POWER) -> int | None:
     return ceil(size) if found.error and isfinite(size) else None
 
 
-def _same(one: Recorded, other: Recorded, bench: Bench, twin: Bench) -> None:
+def _same(one: Recorded, other: Recorded, bench: str) -> None:
     """Finds that two runs show the same images to checkpoints in the same way.
 
     Raises:
         ValueError: If they do not; the field that differs is named.
     """
-    for what, first, second in _fields(one, other, bench, twin):
-        for place, mine, theirs in _differing(what, first, second):
-            said = " and ".join(f"{_short(value)} in {run.root}" for value, run in ((mine, one), (theirs, other)))
-            raise ValueError(f"the runs cannot be compared: {place} is {said}")
-
-
-def _fields(one: Recorded, other: Recorded, bench: Bench, twin: Bench) -> Iterator[tuple[str, Any, Any]]:
-    """All that has to be the same."""
-    names = [part.name for part in bench.datasets]
-    yield "seed", one.suite.seed, other.suite.seed
-    yield f"{bench.name}: evaluator", _settings(bench), _settings(twin)
-    yield f"{bench.name}: denoisers", _contents(one, bench), _contents(other, twin)
-    yield f"{bench.name}: datasets", names, [part.name for part in twin.datasets]
-    for name in names:
-        first, second = (dict(run.declared(bench.name, name)) for run in (one, other))
-        yield f"{bench.name}: dataset {name}", first, second
-
-
-def _same_pixels(bench: str, one: Records, other: Records) -> None:
-    """Finds that samples of one name are the same images with the same labels, as they were evaluated."""
-    rows = shared(one, other)
-    for column, word in (("image", "pixels"), ("label", "label")):
-        odd = np.flatnonzero(one[column][rows[0]] != other[column][rows[1]])
-        if len(odd):
-            row = rows[0][odd[0]]
-            name = f"{one['dataset'][row]}/{one['sample'][row]}"
-            raise ValueError(
-                f"the runs cannot be compared: {bench}: {word} of {len(odd)} samples differ, the first is {name}"
-            )
-
-
-def _settings(bench: Bench) -> dict[str, Any]:
-    return bench.evaluator.model_dump(mode="json", serialize_as_any=True) | {"version": type(bench.evaluator).version}
-
-
-def _contents(run: Recorded, bench: Bench) -> list[str]:
-    """The digests of the denoisers of a bench."""
-    known = {}
-    for entry in listed(run.manifest, "denoisers"):
-        fields = {key: value for key, value in entry.items() if key not in ("contents", "fingerprint")}
-        known[repr(fields)] = str(entry.get("contents"))
-    dumps = (found.model_dump(mode="json", serialize_as_any=True) for found in bench.evaluator.denoisers())
-    return [known.get(repr(dump), "not in the manifest") for dump in dumps]
-
-
-def _differing(place: str, one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Where two values of a document differ."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in [*one, *(key for key in other if key not in one)]:
-            if key not in SKIPPED:
-                yield from _differing(f"{place}.{key}", one.get(key), other.get(key))
-    elif one != other:
-        yield place, one, other
-
-
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    for odd in benches(Measured(one, bench), Measured(other, bench)):
+        raise ValueError(f"the runs cannot be compared: {odd.said(one.root, other.root)}")
 
 
 def files(found: compared.Comparison, formats: Sequence[str]) -> dict[str, bytes]:
@@ -346,10 +291,5 @@ def write(found: compared.Comparison, roots: Sequence[Path], output: Path, forma
     """
     for root in roots:
         apart(root, output)
-    ours = {*FORMATS.values(), "digests.txt"}
-    if output.exists() and not (output.is_dir() and {path.name for path in output.iterdir()} <= ours):
-        raise ValueError(f"{output} is not empty and holds no comparison of rdiff compare; give another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    for name in ours:
-        (output / name).unlink(missing_ok=True)  # of an earlier comparison with other formats
-    put(output, files(found, formats))
+    vacant(output, {*FORMATS.values(), "digests.txt"}, "comparison of rdiff compare")
+    replaced(output, files(found, formats), FORMATS.values())

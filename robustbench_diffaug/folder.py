@@ -2,14 +2,15 @@
 
 import fcntl
 import hashlib
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from robustbench_diffaug.files import atomic, sha256
 
-__all__ = ["PICTURES", "alone", "digests", "put"]
+__all__ = ["PICTURES", "alone", "digests", "foreign", "put", "replaced", "vacant"]
 
 PICTURES = "pictures"
 """The folder of a report's pictures; whatever else lies in it is an earlier report's."""
@@ -32,6 +33,49 @@ def put(root: Path, files: Mapping[str, bytes]) -> str:
     digest = _write_digests(root)
     _sweep(root)
     return digest
+
+
+def replaced(root: Path, files: Mapping[str, bytes], known: Collection[str]) -> str:
+    """Writes files as `put` does, in place of all that an earlier report may have left.
+
+    Arguments:
+        root: The folder.
+        files: The content of each file by its path below the folder.
+        known: The names of files that a report may have.
+    """
+    for name in set(known) - files.keys():
+        (root / name).unlink(missing_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
+    return put(root, files)
+
+
+def vacant(root: Path, known: Collection[str], what: str, mark: tuple[str, str] | None = None) -> None:
+    """Finds that a folder may hold a report: it is new, empty, or holds an earlier one.
+
+    Arguments:
+        root: The folder.
+        known: The names of files and folders that a report may have.
+        what: It is and who writes it, in words.
+        mark: A file of JSON that every report has, and a key of it; none where the names say enough.
+
+    Raises:
+        ValueError: If it holds something else.
+    """
+    names = {path.name for path in root.iterdir() if foreign(path)} if root.is_dir() else {""} if root.exists() else ()
+    if names and not (set(names) <= set(known) and (mark is None or _marked(root / mark[0], mark[1]))):
+        raise ValueError(f"{root} is not empty and holds no {what}; give another --output")
+
+
+def foreign(path: Path) -> bool:
+    """Whether a file is none that a command leaves behind when it is killed before it has written anything."""
+    return path.name != ".lock" and not (path.name.startswith(".") and path.name.endswith(".part"))
+
+
+def _marked(path: Path, key: str) -> bool:
+    try:
+        return key in json.loads(path.read_bytes())
+    except (ValueError, OSError, TypeError):
+        return False
 
 
 def _clear(root: Path, files: Mapping[str, bytes]) -> None:

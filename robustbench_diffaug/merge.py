@@ -9,17 +9,17 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import AfterValidator
 
 from robustbench_diffaug import shares
-from robustbench_diffaug.component import Outside, Value
 from robustbench_diffaug.engine import cells
 from robustbench_diffaug.files import atomic, sha256
 from robustbench_diffaug.folder import alone
-from robustbench_diffaug.recorded import LOCK, Archive, Recorded, open_run
+from robustbench_diffaug.protocols import differing, is_path
+from robustbench_diffaug.recorded import LOCK, Recorded, open_run
 from robustbench_diffaug.runs import Finished, finish, own
 from robustbench_diffaug.store import CONSTANTS, Cell
 from robustbench_diffaug.suite import Suite
+from robustbench_diffaug.summary import counted
 from robustbench_diffaug.verify.files import listing
 
 __all__ = ["merge"]
@@ -75,7 +75,9 @@ def merge(roots: Sequence[Path], output: Path, trust: bool = False) -> Finished:
         for name, file in files.items():
             _put(output / name, file.path.read_bytes())
         archive = replace(first.archive, root=output)
-        done = finish(first.bare, archive, united | _counted(first.bare, archive, united), text)
+        spent, told = counted(first.bare, archive)
+        about = {"seconds": {**united["seconds"], "cells": spent}, "notices": shares.retold(united, told)}
+        done = finish(first.bare, archive, united | about, text)
         (output / JOURNAL).unlink(missing_ok=True)
         return done
 
@@ -94,21 +96,6 @@ def _apart(root: Path, output: Path) -> None:
     one, other = root.resolve(), output.resolve()
     if one != other and (one.is_relative_to(other) or other.is_relative_to(one)):
         raise ValueError(f"{root} and {output} lie in each other; give another --output")
-
-
-def _counted(suite: Suite, archive: Archive, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The seconds and the notices that follow from the records of all."""
-    spent, told, devices = 0.0, list[str](), set[str]()
-    for cell in _cells(suite):
-        costs, wanted = archive.costs(cell), cell.dataset.declared().n
-        spent += sum(float(str(cost.get("seconds", 0))) for cost in costs)
-        devices |= {_made_on(cost) for cost in costs if "device" in cost}
-        if (done := sum(int(str(cost["samples"])) for cost in costs)) < wanted:
-            told.append(f"{cell.bench}: {cell.checkpoint.id} has {done} of {wanted} samples of {cell.dataset.name}")
-    if len(devices) > 1:
-        named = "; ".join(sorted(devices))
-        told.append(f"records were made on different devices or versions ({named}): last digits may differ")
-    return {"seconds": {**manifest["seconds"], "cells": round(spent, 3)}, "notices": shares.retold(manifest, told)}
 
 
 def _opened(root: Path, is_output: bool, trust: bool) -> Recorded:
@@ -141,27 +128,12 @@ def _same(one: Recorded, other: Recorded) -> None:
     Raises:
         ValueError: If they are not; it names the first field that differs.
     """
-    for place, here, there in _differences(one.suite, other.suite, ""):
-        shown = f"{place.lstrip('.')} is {there!r:.80} in {other.root} and {here!r:.80} in {one.root}"
-        raise ValueError(f"{shown}: these are runs of different suites")
+    for odd in differing("", other.suite, one.suite, is_path):
+        raise ValueError(f"{odd.said(other.root, one.root)}: these are runs of different suites")
     for name in SAME:
         if one.manifest.get(name) != other.manifest.get(name):
             what = _changed(one.manifest, other.manifest) or name
             raise ValueError(f"{other.root} and {one.root} have records of different things: {what} differs")
-
-
-def _differences(one: object, other: object, place: str) -> Iterator[tuple[str, object, object]]:
-    """Where two suites say different things, paths and digests apart, which may differ from machine to machine."""
-    if isinstance(one, Value) and type(one) is type(other):
-        for name, about in type(one).model_fields.items():
-            path = Outside in about.metadata and any(isinstance(entry, AfterValidator) for entry in about.metadata)
-            if not path:
-                yield from _differences(getattr(one, name), getattr(other, name), f"{place}.{name}")
-    elif isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
-        for index, (mine, theirs) in enumerate(zip(one, other, strict=True)):
-            yield from _differences(mine, theirs, f"{place}.{index}")
-    elif one != other:
-        yield place, one, other
 
 
 def _changed(one: dict[str, Any], other: dict[str, Any]) -> str:
@@ -225,13 +197,6 @@ def _overlap(found: dict[str, _File]) -> None:
         if before and before[0] == Path(name).parent and first <= before[1]:
             raise ValueError(f"{file.path} and {before[2].path} hold the same samples; delete one of them")
         before = Path(name).parent, last, file
-
-
-def _made_on(cost: Mapping[str, Any]) -> str:
-    """What the last digits of a file of records depend on."""
-    more = [str(cost["hardware"])] if "hardware" in cost else []
-    more += ["compiled"] if cost.get("compile") else []
-    return ", ".join([f"{cost.get('device')} with torch {cost.get('torch')}", *more])
 
 
 def _cheaper(found: dict[str, _File], root: Path, path: Path) -> None:

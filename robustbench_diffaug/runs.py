@@ -18,7 +18,7 @@ from robustbench_diffaug.document import dump, read
 from robustbench_diffaug.engine import Outcome, Task, hardware, lacking, plan
 from robustbench_diffaug.executors import Options, threads
 from robustbench_diffaug.files import apart, atomic, sha256
-from robustbench_diffaug.folder import PICTURES, alone, digests, put
+from robustbench_diffaug.folder import PICTURES, alone, digests, foreign, put, replaced, vacant
 from robustbench_diffaug.gate import gate
 from robustbench_diffaug.recorded import LOCK, Recorded, keys_of, listed, open_run
 from robustbench_diffaug.report import formats as more_formats
@@ -29,7 +29,20 @@ from robustbench_diffaug.shown import Shown
 from robustbench_diffaug.store import Store
 from robustbench_diffaug.suite import Loaded, Suite, check
 
-__all__ = ["ASKED", "FORMATS", "Finished", "Options", "Results", "digests", "execute", "finish", "lock", "own"]
+__all__ = [
+    "ASKED",
+    "FORMATS",
+    "KNOWN",
+    "Finished",
+    "Options",
+    "Results",
+    "as_json",
+    "digests",
+    "execute",
+    "finish",
+    "lock",
+    "own",
+]
 __all__ += ["put", "recorded_failures", "rendered", "report", "results", "tasks_of"]
 
 TABLES = ("metrics.csv", "metrics.parquet", "leaderboard.csv", "costs.csv", "pairs.csv")
@@ -37,6 +50,8 @@ FORMATS = {"html": ("index.html",), "csv": TABLES}
 """The files of each format of a run's own report; to the page belongs the folder of pictures."""
 ASKED = {**{form: names[0] for form, names in FORMATS.items()}, **more_formats.FILES}
 """All formats that a report elsewhere can have, each with its first file."""
+KNOWN = {*more_formats.NAMES, *(name for names in FORMATS.values() for name in names)}
+"""All files of reports that depend on their formats."""
 DRAWING = ("jinja2", "matplotlib", "pandas", "pyarrow")  # packages on which the bytes of reports depend
 UNCOMPUTED = summary.NO_METRICS  # how the reasons of failures begin that are not of a run but of metrics
 FOLLOWING = (UNCOMPUTED, summary.NO_PAIRS, summary.NO_PICTURES)  # likewise, of all that follows from records
@@ -89,13 +104,8 @@ def own(root: Path, suite: Suite) -> None:
                 f"{root} holds a run of suite {name} with seed {seed}, not of {suite.name} with seed {suite.seed}; "
                 "give another folder with --output"
             )
-    elif root.exists() and (not root.is_dir() or any(map(_foreign, root.iterdir()))) and not path.exists():
+    elif root.exists() and (not root.is_dir() or any(map(foreign, root.iterdir()))) and not path.exists():
         raise ValueError(f"{root} is no run folder and not empty; give another one with --output")
-
-
-def _foreign(path: Path) -> bool:
-    """Whether a file is none that a run leaves in its folder before its lock."""
-    return path.name != ".lock" and not (path.name.startswith(".") and path.name.endswith(".part"))
 
 
 def tasks_of(loaded: Loaded, options: Options) -> list[Task]:
@@ -182,12 +192,13 @@ def finish(suite: Suite, store: Store, manifest: dict[str, Any], text: bytes) ->
         return Finished(store.root, digest, made.metrics, made.leaderboard, made.failures)
     for name in (name for names in FORMATS.values() for name in names):
         (store.root / name).unlink(missing_ok=True)  # of an earlier run: not of what is there now
-    digest = put(store.root, {LOCK: text, "manifest.json": _json({**manifest, "failures": failures})})
+    digest = put(store.root, {LOCK: text, "manifest.json": as_json({**manifest, "failures": failures})})
     return Finished(store.root, digest, pd.DataFrame(), pd.DataFrame(), failures, 0, partial)
 
 
-def _json(manifest: Mapping[str, Any]) -> bytes:
-    return json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n"
+def as_json(found: Mapping[str, Any]) -> bytes:
+    """The bytes of a file of JSON; a lone surrogate in a name does not break its writing."""
+    return json.dumps(found, indent=1, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
 def _failed(outcome: Outcome) -> list[dict[str, str]]:
@@ -281,7 +292,7 @@ def rendered(
         "metrics.parquet": tables.to_parquet(metrics),
         "leaderboard.csv": tables.to_csv(board),
         "costs.csv": tables.to_csv(costs),
-        "manifest.json": _json(manifest),
+        "manifest.json": as_json(manifest),
     }
     if pairs is not None:
         files["pairs.csv"] = tables.to_csv(pairs)
@@ -328,15 +339,19 @@ def report(
             made = results(found.bare, found.archive, found.manifest, failures)
             digest = put(root, made.files)
         return Finished(root, digest, made.metrics, made.leaderboard, made.failures)
-    _free(root, output)
+    apart(root, output)
+    vacant(
+        output,
+        {"manifest.json", "digests.txt", PICTURES, *KNOWN},
+        "report of rdiff report",
+        ("manifest.json", "report"),
+    )
     made = results(found.bare, found.archive, _retold(found), failures, "html" in formats)
     said = json.loads(made.files["manifest.json"])
     more = more_formats.written(made.metrics, made.leaderboard, said, formats, layouts)
     kept = {"manifest.json", *more, *(name for form in formats for name in FORMATS.get(form, ()))}
-    for name in {*more_formats.NAMES, *(name for names in FORMATS.values() for name in names)} - kept:
-        (output / name).unlink(missing_ok=True)  # of an earlier report with other formats
     files = {name: content for name, content in made.files.items() if name in kept or name.startswith(f"{PICTURES}/")}
-    digest = put(output, {**files, **more})
+    digest = replaced(output, {**files, **more}, KNOWN)
     return Finished(output, digest, made.metrics, made.leaderboard, made.failures)
 
 
@@ -360,25 +375,6 @@ def _retold(found: Recorded) -> dict[str, Any]:
         "notices": [*notices, *(told if isinstance(told, list) else [])],
         "report": about | {"settings": list(found.given)},
     }
-
-
-def _free(root: Path, output: Path) -> None:
-    """Finds that a folder may hold a report: it is new, empty, or holds an earlier one."""
-    apart(root, output)
-    if not output.exists():
-        return
-    names = {path.name for path in output.iterdir() if _foreign(path)} if output.is_dir() else {""}
-    own = {name for files in FORMATS.values() for name in files}
-    known = {"manifest.json", "digests.txt", PICTURES, *own, *more_formats.NAMES}
-    if names and not (names <= known and _is_report(output / "manifest.json")):
-        raise ValueError(f"{output} is not empty and holds no report of rdiff report; give another --output")
-
-
-def _is_report(path: Path) -> bool:
-    try:
-        return "report" in json.loads(path.read_bytes())
-    except (ValueError, OSError, TypeError):
-        return False
 
 
 def _unchanged(suite: Suite, store: Store, text: bytes) -> Finished | None:

@@ -13,7 +13,6 @@ import pandas as pd
 
 from robustbench_diffaug import reading, resamples
 from robustbench_diffaug.checkpoints.base import Checkpoint
-from robustbench_diffaug.checkpoints.state import shapes
 from robustbench_diffaug.data.base import Dataset
 from robustbench_diffaug.engine import cells, reason
 from robustbench_diffaug.files import Weights
@@ -21,10 +20,11 @@ from robustbench_diffaug.pairs import Pairs
 from robustbench_diffaug.prefetch import ahead
 from robustbench_diffaug.records import Metric, Records
 from robustbench_diffaug.shown import Shown, shown
+from robustbench_diffaug.state import shapes
 from robustbench_diffaug.store import Cell, Store
 from robustbench_diffaug.suite import Bench, Suite
 
-__all__ = ["COLUMNS", "NO_METRICS", "NO_PAIRS", "NO_PICTURES", "Told", "costs", "manifest", "metrics"]
+__all__ = ["COLUMNS", "NO_METRICS", "NO_PAIRS", "NO_PICTURES", "Told", "costs", "counted", "manifest", "metrics"]
 
 Figures: TypeAlias = Mapping[str, Sequence[Metric]]
 """Metrics by the id of the checkpoint."""
@@ -214,40 +214,52 @@ def manifest(
         warnings: What `check` warned of.
         run: Of this run: started, finished, seconds, device, threads, trust.
     """
-    datasets, notices, devices, spent = [], list(warnings), set(), 0.0
+    datasets, notices = [], list(warnings)
     for bench in suite.benches:
         for dataset, row in cells(suite, bench):
             declared = dataset.declared()
             about = {"bench": bench.name, "kind": dataset.kind, **asdict(declared), "digest": dataset.contents()}
             datasets.append(about | {"constants": getattr(dataset, "constants", "")})
-            for cell in row:
-                parts = store.costs(cell)
-                spent += sum(float(str(part.get("seconds", 0))) for part in parts)
-                devices |= {_made_on(part) for part in parts if "device" in part}
-                done = sum(int(str(part["samples"])) for part in parts)
-                if done < declared.n:
-                    notices.append(
-                        f"{bench.name}: {cell.checkpoint.id} has {done} of {declared.n} samples of {dataset.name}"
-                    )
             notices += _left_out(bench, dataset, row, store)
-    if len(devices) > 1:
-        named = "; ".join(sorted(devices))
-        notices.append(f"records were made on different devices or versions ({named}): last digits may differ")
+    spent, told = counted(suite, store)
     return {
         "schema_version": 1,
         "rdiff": version("robustbench-diffaug"),
         "suite": {"name": suite.name, "digest": suite.digest, "seed": suite.seed},
         **run,
-        "seconds": {"cells": round(spent, 3), "last_run": run.get("seconds", 0)},
+        "seconds": {"cells": spent, "last_run": run.get("seconds", 0)},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "platform": f"{sys.platform} {platform.machine()}",
         "checkpoints": [_checkpoint(entry) for entry in suite.checkpoints],
         "denoisers": _denoisers(suite),
         "datasets": datasets,
         "benches": [_bench(bench) for bench in suite.benches],
-        "notices": notices,
+        "notices": notices + told,
         "failures": list(failures),
     }
+
+
+def counted(suite: Suite, store: Store) -> tuple[float, list[str]]:
+    """The seconds that all records took, and the notices that follow from what is there.
+
+    Arguments:
+        suite: What was run.
+        store: Its records.
+    """
+    spent, told, devices = 0.0, list[str](), set[str]()
+    for bench in suite.benches:
+        for dataset, row in cells(suite, bench):
+            wanted = dataset.declared().n
+            for cell in row:
+                parts = store.costs(cell)
+                spent += sum(float(str(part.get("seconds", 0))) for part in parts)
+                devices |= {_made_on(part) for part in parts if "device" in part}
+                if (done := sum(int(str(part["samples"])) for part in parts)) < wanted:
+                    told.append(f"{bench.name}: {cell.checkpoint.id} has {done} of {wanted} samples of {dataset.name}")
+    if len(devices) > 1:
+        named = "; ".join(sorted(devices))
+        told.append(f"records were made on different devices or versions ({named}): last digits may differ")
+    return round(spent, 3), told
 
 
 def _left_out(bench: Bench, dataset: Dataset, row: Sequence[Cell], store: Store) -> list[str]:

@@ -1,5 +1,6 @@
 """For all tests: no network, one thread, and the options --full and --ray."""
 
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,6 +54,14 @@ def board_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.board_runs import made_runs
 
     return made_runs(tmp_path_factory.mktemp("boards"))
+
+
+@pytest.fixture
+def roots(tmp_path: Path, board_runs: Path) -> Path:
+    """Copies of the runs of alice, of bob, and of both."""
+    for name in ("alice", "bob", "both"):
+        shutil.copytree(board_runs / name, tmp_path / name)
+    return tmp_path
 
 
 @pytest.fixture

@@ -23,14 +23,6 @@ CIFAR10 = Path(__file__).parent / "exchange/robustbench_cifar10.csv"
 NAMES = ("<script>alert(1)</script>", "=cmd()", "../../outside", "a\u202eb \U0001f600")
 
 
-@pytest.fixture
-def roots(tmp_path: Path, board_runs: Path) -> Path:
-    """Copies of the runs of alice, of bob, and of both."""
-    for name in ("alice", "bob", "both"):
-        shutil.copytree(board_runs / name, tmp_path / name)
-    return tmp_path
-
-
 def test_a_board_of_two_runs_is_the_run_of_all(roots: Path) -> None:
     done = board.report([roots / "alice", roots / "bob"], roots / "out", formats=["csv"])
     whole = pd.read_parquet(roots / "both/metrics.parquet")

@@ -19,14 +19,6 @@ from robustbench_diffaug.verify import whole
 from tests.board_runs import EXACT, Edit, changed, metrics_of, refreshed, refused, said_of
 
 
-@pytest.fixture
-def roots(tmp_path: Path, board_runs: Path) -> Path:
-    """Copies of the runs of alice, of bob, and of both."""
-    for name in ("alice", "bob", "both"):
-        shutil.copytree(board_runs / name, tmp_path / name)
-    return tmp_path
-
-
 def renamed(name: str) -> Edit:
     """The run of bob with another checkpoint's id."""
 
@@ -155,7 +147,9 @@ def rewritten(root: Path, bench: str, column: str, edit: Callable[[np.ndarray], 
 def test_records_that_do_not_agree_are_refused_or_told_apart(roots: Path) -> None:
     rewritten(roots / "both", "shift", "pred", lambda found: (found + 1) % 4)
     said = refused(
-        roots / "alice", roots / "both", match="the records of bayes in bench shift do not agree: pred of 12"
+        roots / "alice",
+        roots / "both",
+        match="the records of bayes in bench shift do not agree: pred of 12",
     )
     assert "of 12 samples, as of mixture/" in said and "--separate" in said
     board.report([roots / "alice", roots / "both"], roots / "out", separate=True, formats=["csv"])
@@ -177,11 +171,17 @@ def test_other_pixels_under_the_same_names_are_refused(roots: Path) -> None:
     pq.write_table(table.set_column(table.schema.get_field_index("image"), "image", [words]), path)
     put(roots / "bob", {})
     said = refused(
-        roots / "alice", roots / "bob", match="these runs cannot share a board: benches.shift: image of 1 of 12"
+        roots / "alice",
+        roots / "bob",
+        match="these runs cannot share a board: benches.shift: image of 1 of 12",
     )
     assert f"{roots / 'alice'} and {roots / 'bob'}" in said
     board.report([roots / "alice", roots / "bob"], roots / "apart", separate=True, formats=["csv"])
-    assert set(metrics_of(roots / "apart").index.get_level_values("bench")) == {"shift@alice", "shift@bob", "certify"}
+    assert set(metrics_of(roots / "apart").index.get_level_values("bench")) == {
+        "shift@alice",
+        "shift@bob",
+        "certify",
+    }
 
 
 def test_a_folder_that_cannot_be_joined_is_said_in_one_line(roots: Path) -> None:
@@ -197,7 +197,11 @@ def test_a_folder_that_cannot_be_joined_is_said_in_one_line(roots: Path) -> None
     runs.report(bob, roots / "report", formats=["csv"])
     refused(alice, roots / "report", match="holds a report without its records")
     board.report([alice, bob], roots / "board", formats=["csv"])
-    refused(alice, roots / "board", match="holds a board, which has no records of its own; give the runs that it is of")
+    refused(
+        alice,
+        roots / "board",
+        match="holds a board, which has no records of its own; give the runs that it is of",
+    )
     assert [check.state for check in whole.verify(roots / "board")] == ["ok", "not checked"]
     changed(roots / "both", lambda lock, manifest: manifest.update(schema_version=7))
     refused(alice, roots / "both", match="both/manifest.json: schema_version is 7, and this rdiff reads 1")

@@ -135,10 +135,10 @@ def denoiser(root: Path) -> None:
     ("change", "words"),
     [
         (text("suite.lock.yaml", "seed: 0", "seed: 1"), "seed is 0 in .*one and 1 in .*changed$"),
-        (text("suite.lock.yaml", "bins: 15", "bins: 12"), r"shift: evaluator\.bins is 15 in .*one and 12 in"),
-        (text("suite.lock.yaml", "n0: 8", "n0: 9"), r"certify: evaluator\.n0 is 8 in"),
-        (digest, r"shift: dataset mixture\.digest is closed form in .*one and f{32} in"),
-        (denoiser, "certify: denoisers is "),
+        (text("suite.lock.yaml", "bins: 15", "bins: 12"), r"benches\.shift\.evaluator\.bins is 15 in .*one and 12 in"),
+        (text("suite.lock.yaml", "n0: 8", "n0: 9"), r"benches\.certify\.evaluator\.n0 is 8 in"),
+        (digest, r"benches\.shift\.datasets\.mixture\.digest is closed form in .*one and f{32} in"),
+        (denoiser, r"benches\.certify\.denoisers\.contents is "),
     ],
 )  # fmt: skip
 def test_the_field_that_differs_is_named(made: Path, tmp_path: Path, change: Any, words: str) -> None:
@@ -154,7 +154,8 @@ def test_other_pixels_under_the_same_names_are_found(made: Path, tmp_path: Path)
     right, manifest = (json.loads((root / "manifest.json").read_text()) for root in (made / "one", changed))
     manifest["datasets"] = right["datasets"]
     (changed / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="shift: pixels of 144 samples differ, the first is mixture/"):
+    text("suite.lock.yaml", "draw: 5", "draw: 0")(changed)
+    with pytest.raises(ValueError, match=r"benches\.shift: image of 144 of 144 samples, as of mixture/.*, differs"):
         compare([made / "one", changed], "tilted", "bayes")
 
 

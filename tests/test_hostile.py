@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from robustbench_diffaug import pickles
-from robustbench_diffaug.checkpoints.state import load_state
 from robustbench_diffaug.files import Weights
+from robustbench_diffaug.state import load_state
 from tests.hostile_files import LONGEST, bombs, cases, flipped, good, saved
 
 WATCHED: list[str] = []

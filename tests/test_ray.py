@@ -13,16 +13,8 @@ from robustbench_diffaug.engine import Task
 from robustbench_diffaug.ray_executor import ray as executor
 from robustbench_diffaug.suite import load
 from tests.test_deaths import deadly
+from tests.test_merge import SUITE, contents
 
-SUITE = """
-name: tiny
-checkpoints: [{kind: mixture, id: a, classes: 4}, {kind: mixture, id: b, classes: 4, tilt: 120}]
-benches:
-  - name: certify
-    evaluator: {kind: smoothing, denoiser: {kind: mixture}, sigmas: [0.25], n0: 16, n: 2000}
-    datasets: [{kind: mixture, name: m, size: 14}]
-"""
-FIGURES = ("metrics.csv", "metrics.parquet", "leaderboard.csv")
 Shell = Callable[..., tuple[int, str, str]]
 
 
@@ -32,11 +24,6 @@ def cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
     yield
     ray.shutdown()
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    paths = [*root.rglob("records/**/*.parquet"), *(root / name for name in FIGURES)]
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
 
 
 def tasks(path: Path, root: Path) -> list[Task]:

@@ -4,42 +4,22 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-import yaml
 
 from robustbench_diffaug import cli, runs
-from robustbench_diffaug.data.synthetic import Mixture
 from robustbench_diffaug.files import sha256
 from robustbench_diffaug.recorded import open_run
 from robustbench_diffaug.suite import load
+from tests.small_runs import certified
 
 ALPHA = "benches.certify.evaluator.alpha=0.05"
-SUITE = {
-    "name": "small",
-    "checkpoints": [
-        {"kind": "mixture", "id": "bayes", "classes": 4, "temperature": 0.0016},
-        {"kind": "mixture", "id": "tilted", "classes": 4, "temperature": 0.0016, "tilt": 120},
-    ],
-    "benches": [
-        {
-            "name": "certify",
-            "evaluator": {"kind": "smoothing", "sigmas": [0.25, 0.5], "n0": 8, "n": 40, "radii": [0, 0.1]},
-            "datasets": [{"kind": "arrays", "name": "a", "file": "a.npz"}],
-        },
-    ],
-}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a suite, its images, and a run of it."""
     folder = tmp_path_factory.mktemp("made")
-    images, labels = Mixture(size=10).opened().read(range(10))
-    np.savez(folder / "a.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
-    (folder / "small.yaml").write_text(yaml.safe_dump(SUITE, sort_keys=False))
-    done = runs.execute(load(str(folder / "small.yaml")), runs.Options(folder / "run"))
-    assert not done.failures
+    certified(folder, 10)
     return folder
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustbench_diffaug.batch import Limits
-from robustbench_diffaug.checkpoints.state import read_state
 from robustbench_diffaug.files import Weights, sha256
+from robustbench_diffaug.state import read_state
 from robustbench_diffaug.suite import load
 
 Command = Callable[..., tuple[int, str, str]]

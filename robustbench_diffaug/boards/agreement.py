@@ -1,15 +1,15 @@
 """Whether two runs that recorded the same samples recorded the same: images of a bench, and answers of one network."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Shaped
 
+from robustbench_diffaug.protocols import told
 from robustbench_diffaug.records import INDEX, Records, shared
 from robustbench_diffaug.verify.recheck import CLASSES, DRAWS, FLOATS, LEVELS, VOTES
 
-__all__ = ["Agreement", "agreement", "unlike"]
+__all__ = ["Agreement", "agreement"]
 
 
 class Agreement(NamedTuple):
@@ -22,16 +22,6 @@ class Agreement(NamedTuple):
 
     wrong: str = ""
     said: str = ""
-
-
-def unlike(one: Records, other: Records, names: Sequence[str] = ("image", "label")) -> str:
-    """The first column in which samples that both have are not equal, in how many, and one of them; or nothing."""
-    rows = shared(one, other)
-    for name in names:
-        odd = one[name][rows[0]] != other[name][rows[1]]
-        if odd.any():
-            return _told(name, odd, one, rows[0])
-    return ""
 
 
 def agreement(one: Records, other: Records) -> Agreement:
@@ -52,7 +42,7 @@ def agreement(one: Records, other: Records) -> Agreement:
         if not odd.any():
             continue
         if (bad := _too_far(name, mine, theirs)).any():
-            return Agreement(_told(name, bad, one, rows[0]))
+            return Agreement(told(name, bad, one, rows[0]))
         moved.append(f"{name} of {odd.sum():,}")
     return Agreement(said=f"{', '.join(moved)} of {len(rows[0]):,} samples" if moved else "")
 
@@ -85,8 +75,3 @@ def _too_far(
         return _any(gap > LEVELS)
     few = np.count_nonzero(gap) <= max(1, CLASSES * gap.size)
     return np.zeros(len(mine), dtype=bool) if few else _any(gap > 0)
-
-
-def _told(name: str, odd: Bool[np.ndarray, " n"], one: Records, rows: np.ndarray) -> str:
-    at = rows[int(odd.argmax())]
-    return f"{name} of {odd.sum():,} of {len(odd):,} samples, as of {one['dataset'][at]}/{one['sample'][at]},"

@@ -1,6 +1,5 @@
 """The report of several runs: tables, page, and board.json, which says where every row is from."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,16 +12,16 @@ from robustbench_diffaug.boards.folders import Folder, open_folders
 from robustbench_diffaug.boards.joined import Joined, join
 from robustbench_diffaug.boards.marked import doubt, marks, relative
 from robustbench_diffaug.files import apart
-from robustbench_diffaug.folder import PICTURES, put
+from robustbench_diffaug.folder import PICTURES, replaced, vacant
 from robustbench_diffaug.recorded import BOARD, listed
 from robustbench_diffaug.report import formats as more_formats
 from robustbench_diffaug.report import tables
 from robustbench_diffaug.report.marks import Mark
-from robustbench_diffaug.runs import FORMATS, Finished, recorded_failures, rendered
+from robustbench_diffaug.runs import FORMATS, KNOWN, Finished, as_json, recorded_failures, rendered
 
 __all__ = ["report"]
 
-WRITTEN = {BOARD, "digests.txt", PICTURES, *more_formats.NAMES, *(name for names in FORMATS.values() for name in names)}
+WRITTEN = {*KNOWN, BOARD, "digests.txt", PICTURES}
 SAID = ("rdiff", "device", "hardware", "platform", "started", "finished")
 
 
@@ -56,7 +55,9 @@ def report(
     """
     if output is None:
         raise ValueError(f"a board of {len(roots)} runs is none of them; say where it goes with --output")
-    _free(roots, output)
+    for root in roots:
+        apart(root, output)
+    vacant(output, WRITTEN, "board of rdiff report", (BOARD, "board"))
     folders = open_folders(roots, settings, trust)
     found = join(folders, separate)
     told = summary.metrics(found.suite, found.store, "html" in formats)
@@ -70,38 +71,12 @@ def report(
     costs = summary.costs(found.suite, found.store)
     drawn = "html" in formats
     made = rendered(metrics, board, costs, about, drawn, told.pictures, told.pairs, kinds)
-    made[BOARD] = _json({"board": _origins(folders, found, kinds, output), **about})
+    made[BOARD] = as_json({"board": _origins(folders, found, kinds, output), **about})
     more = more_formats.written(metrics, board, about, formats, layouts)
     kept = {BOARD, *more, *(name for form in formats for name in FORMATS.get(form, ()))}
     content = {name: content for name, content in made.items() if name in kept or name.startswith(f"{PICTURES}/")}
-    for name in WRITTEN - kept - {PICTURES}:
-        (output / name).unlink(missing_ok=True)  # of an earlier board with other formats
-    output.mkdir(parents=True, exist_ok=True)
-    digest = put(output, content | more)
+    digest = replaced(output, content | more, KNOWN)
     return Finished(output, digest, metrics, board, about["failures"])
-
-
-def _json(found: Mapping[str, Any]) -> bytes:
-    return json.dumps(found, indent=1, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-
-
-def _free(roots: Sequence[Path], output: Path) -> None:
-    """Finds that a folder may hold a board: it is new, empty, or holds an earlier one, and lies in no run."""
-    for root in roots:
-        apart(root, output)
-    if not output.exists():
-        return
-    names = {path.name for path in output.iterdir()} if output.is_dir() else {""}
-    names = {name for name in names if not (name.startswith(".") and name.endswith(".part"))}
-    if names and not (names <= WRITTEN and _is_board(output / BOARD)):
-        raise ValueError(f"{output} is not empty and holds no board of rdiff report; give another --output")
-
-
-def _is_board(path: Path) -> bool:
-    try:
-        return "board" in json.loads(path.read_bytes())
-    except (ValueError, OSError, TypeError):
-        return False
 
 
 def _measured(metrics: pd.DataFrame, found: Joined) -> pd.DataFrame:

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from robustbench_diffaug.boards.agreement import Agreement, agreement, unlike
+from robustbench_diffaug.boards.agreement import Agreement, agreement
 from robustbench_diffaug.boards.folders import Folder
-from robustbench_diffaug.boards.protocols import Difference, Side, benches, checkpoints, imports, merged
+from robustbench_diffaug.boards.sides import Side, checkpoints, imports
 from robustbench_diffaug.engine import cells
+from robustbench_diffaug.protocols import Difference, benches, merged, unlike
 from robustbench_diffaug.records import Records
 from robustbench_diffaug.store import Cell, Store
 from robustbench_diffaug.suite import Suite
@@ -171,7 +172,7 @@ def _columns(folders: Sequence[Folder], separate: bool) -> list[Column]:
 
 
 def _refusal(odd: Difference, one: Folder, other: Folder) -> str:
-    return f"these runs cannot share a board: {odd.said(one, other)}; {SEPARATE}"
+    return f"these runs cannot share a board: {odd.said(one.root, other.root)}; {SEPARATE}"
 
 
 def _benches(folder: Folder) -> list[str]:
@@ -187,7 +188,7 @@ def _unlike(one: Side, other: Side) -> Difference | None:
         words = {True: "measured, with records", False: "imported, without records"}
         return Difference(f"benches.{one.bench}", words[mine], words[theirs])
     if mine:
-        return next(benches(one, other), None)
+        return next(benches(one.measured, other.measured), None)
     if one.bench != other.bench:
         return Difference("benches", one.bench, other.bench)
     return next(imports(one.folder, other.folder, one.bench), None)
@@ -207,7 +208,8 @@ def _networks(folders: Sequence[Folder], separate: bool) -> list[Network]:
                 named[apart.index(None)].folders.append(folder)
             elif named and not separate:
                 assert apart[0] is not None
-                raise ValueError(f"one id, two networks: {apart[0].said(named[0].folders[0], folder)}; {SEPARATE}")
+                said = apart[0].said(named[0].folders[0].root, folder.root)
+                raise ValueError(f"one id, two networks: {said}; {SEPARATE}")
             else:
                 found.append(Network(id, [folder]))
     return found
@@ -251,7 +253,7 @@ def _holding(column: Column, network: Network) -> Iterator[Source]:
             rows = folder.imported
             there = ((rows["bench"] == bench) & (rows["checkpoint"] == network.id)).any().item()
         else:
-            chosen = Side(folder, bench).found.chosen(folder.run.suite.checkpoints)
+            chosen = Side(folder, bench).measured.found.chosen(folder.run.suite.checkpoints)
             there = any(entry.id == network.id for entry in chosen)
         if there:
             yield Source(folder, bench, network.id)
@@ -284,7 +286,7 @@ def _apart(column: Column) -> Iterator[tuple[Side, str]]:
         return
     first: tuple[Side, Records] | None = None
     for side in column.sides:
-        chosen = side.found.chosen(side.run.suite.checkpoints)
+        chosen = side.measured.found.chosen(side.measured.run.suite.checkpoints)
         source = max((Source(side.folder, side.bench, entry.id) for entry in chosen), key=_size, default=None)
         if source is None or not len(found := _read(source)):
             continue
@@ -325,19 +327,19 @@ def _united(
             entries.append(entry.model_copy(update={"id": network.name}))
     for column in (column for column in columns if column.measured):
         first = column.sides[0]
-        evaluator = first.found.evaluator
+        evaluator = first.measured.found.evaluator
         for side in column.sides[1:]:
-            evaluator = merged(evaluator, side.found.evaluator)
-        datasets = next(bench.datasets for bench in first.run.bare.benches if bench.name == first.bench)
+            evaluator = merged(evaluator, side.measured.found.evaluator)
+        datasets = next(bench.datasets for bench in first.measured.run.bare.benches if bench.name == first.bench)
         ids = tuple(name for bench, name in sources if bench == column.name)
         names = {"name": column.name, "evaluator": evaluator, "datasets": datasets, "checkpoints": ids}
-        benches.append(first.found.model_copy(update=names))
+        benches.append(first.measured.found.model_copy(update=names))
         for id in ids:
             source = sources[column.name, id]
             assert source.folder.run is not None
             own = {cell.dataset.name: cell for cell in _cells(source)}
             places[column.name, id] = (source.folder.run.archive, own)
-    runs = [side.run for column in columns if column.measured for side in column.sides]
+    runs = [side.measured.run for column in columns if column.measured for side in column.sides]
     suites = list(dict.fromkeys(run.suite.name for run in runs)) or ["board"]
     # Not validated: the names of a board are longer than those of a suite.
     rows, seed = tuple(entries), runs[0].suite.seed if runs else 0

@@ -61,6 +61,11 @@ class Preprocess(Value):
         """Whether it changes what it is given but for size."""
         return any(self.mean) or any(value != 1 for value in self.std)
 
+    def sized(self, height: int, width: int) -> tuple[int, int]:
+        """The height and width of the network's input, of images of some size."""
+        side = self.crop or self.size
+        return (side, side) if side else (height, width)
+
     def __call__(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h2 w2"]:
         """The network's input.
 
@@ -144,7 +149,7 @@ class Checkpoint(Component, ABC):
         Default: its field `channels`, or as many as `preprocess` has means. Three channels take grey images too.
         """
         means = len(self.preprocess.mean)
-        return getattr(self, "channels", None if means == 1 else means)
+        return getattr(self, "channels", None) or (means if means > 1 else None)
 
     def fits(self, height: int, width: int) -> None:
         """Finds that it takes images of a size. Default: any.

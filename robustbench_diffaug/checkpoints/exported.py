@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robustbench_diffaug.checkpoints.base import Checkpoint
 from robustbench_diffaug.files import Weights
 
-__all__ = ["Exported", "Program", "TorchScript", "check_sizes"]
+__all__ = ["Brought", "Exported", "Program", "TorchScript", "check_sizes"]
 
 
 Sizes: TypeAlias = tuple[int | None, ...]
@@ -64,25 +64,24 @@ def check_sizes(uri: str, sizes: Sizes, images: Tensor) -> None:
         )
 
 
-class TorchScript(Checkpoint):
-    """A file of `torch.jit.save`, run by `torch.jit.load`.
-
-    It holds code, hence only with `--trust` or in a suite that is installed with the package.
+class Brought(Checkpoint):
+    """A network that brings its code, hence only with `--trust` or in a suite that is installed with the package.
 
     Arguments:
         channels: Of the images that it takes; left out, as many as `preprocess` has means, if these are several.
         weights: The file.
     """
 
-    kind: Literal["torchscript"] = "torchscript"
     runs_code: ClassVar[bool] = True
     layered: ClassVar[bool] = False
     channels: PositiveInt | None = None
     weights: Weights
 
-    def takes(self) -> int | None:
-        """Its field `channels`, else as many as `preprocess` has means."""
-        return self.channels or _means(self)
+
+class TorchScript(Brought):
+    """A file of `torch.jit.save`, run by `torch.jit.load`."""
+
+    kind: Literal["torchscript"] = "torchscript"
 
     def check(self) -> None:
         """Looks at the file's digest and at whether it is an archive of that sort."""
@@ -100,26 +99,13 @@ class TorchScript(Checkpoint):
         return Program(program, self.weights.uri)
 
 
-class Exported(Checkpoint):
+class Exported(Brought):
     """A file of `torch.export.save`, run by `torch.export.load`.
 
-    It holds code, hence only with `--trust` or in a suite that is installed with the package. A program that was
-    exported for one number of images needs that number as `microbatch`.
-
-    Arguments:
-        channels: Of the images that it takes; left out, as many as `preprocess` has means, if these are several.
-        weights: The file.
+    A program that was exported for one number of images needs that number as `microbatch`.
     """
 
     kind: Literal["export"] = "export"
-    runs_code: ClassVar[bool] = True
-    layered: ClassVar[bool] = False
-    channels: PositiveInt | None = None
-    weights: Weights
-
-    def takes(self) -> int | None:
-        """Its field `channels`, else as many as `preprocess` has means."""
-        return self.channels or _means(self)
 
     def check(self) -> None:
         """Looks at the file's digest and at whether it is an archive of that sort."""
@@ -146,11 +132,6 @@ class Exported(Checkpoint):
             )
         _check_mode(self.weights, _trains_export(program))
         return Program(program.module(), self.weights.uri, sizes)
-
-
-def _means(checkpoint: Checkpoint) -> int | None:
-    means = len(checkpoint.preprocess.mean)
-    return means if means > 1 else None
 
 
 def _check_mode(weights: Weights, trains: str) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from robustbench_diffaug.checkpoints.base import Checkpoint
 from robustbench_diffaug.checkpoints.image_processors import PREPROCESSOR, stated
-from robustbench_diffaug.checkpoints.state import read_state
 from robustbench_diffaug.files import Location, Weights, existing, sha256
+from robustbench_diffaug.state import read_state
 
 __all__ = ["HuggingFace"]
 

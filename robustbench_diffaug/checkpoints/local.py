@@ -6,9 +6,9 @@ from torch import nn
 
 from robustbench_diffaug import builders
 from robustbench_diffaug.checkpoints.base import Checkpoint
-from robustbench_diffaug.checkpoints.state import load_state
 from robustbench_diffaug.component import Options
 from robustbench_diffaug.files import Weights
+from robustbench_diffaug.state import load_state
 
 __all__ = ["Local"]
 

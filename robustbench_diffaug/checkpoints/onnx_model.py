@@ -62,8 +62,7 @@ class Onnx(Checkpoint):
 
     def fits(self, height: int, width: int) -> None:
         """Finds that images have the size that the file states, where it states one."""
-        side = self.preprocess.crop or self.preprocess.size
-        given = (side, side) if side else (height, width)
+        given = self.preprocess.sized(height, width)
         needed = self._stated().sizes[2:4]
         if any(size not in (None, found) for size, found in zip(needed, given, strict=False)):
             text = "x".join("any" if size is None else str(size) for size in reversed(needed))

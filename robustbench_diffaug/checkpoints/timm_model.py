@@ -10,9 +10,9 @@ from torch import nn
 
 from robustbench_diffaug.checkpoints.base import Checkpoint, Preprocess
 from robustbench_diffaug.checkpoints.conditioning import Want, planes
-from robustbench_diffaug.checkpoints.state import load_state, shapes
 from robustbench_diffaug.component import Options, suggest
 from robustbench_diffaug.files import Weights
+from robustbench_diffaug.state import load_state, shapes
 
 __all__ = ["Timm", "build", "stated"]
 
@@ -80,8 +80,7 @@ class Timm(Checkpoint):
             return
         size = args.get("img_size") or config.input_size[-2:]
         needed = tuple(size) if isinstance(size, tuple | list) else (size, size)
-        given = self.preprocess.crop or self.preprocess.size
-        found = (given, given) if given else (height, width)
+        found = self.preprocess.sized(height, width)
         if found != needed:
             raise ValueError(
                 f"{self.arch} takes images of {needed[1]}x{needed[0]} alone, and is given {found[1]}x{found[0]}; write "

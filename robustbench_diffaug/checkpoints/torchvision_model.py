@@ -8,10 +8,10 @@ from pydantic import model_validator
 from torch import nn
 
 from robustbench_diffaug.checkpoints.base import Checkpoint
-from robustbench_diffaug.checkpoints.notes import note
-from robustbench_diffaug.checkpoints.state import State, fit_state, read_state
 from robustbench_diffaug.component import Options, suggest
 from robustbench_diffaug.files import Weights
+from robustbench_diffaug.notes import note
+from robustbench_diffaug.state import State, fit_state, read_state
 
 __all__ = ["Torchvision", "stated"]
 
@@ -64,8 +64,7 @@ class Torchvision(Checkpoint):
         name, default = next((ONE_SIZE[start] for start in ONE_SIZE if self.arch.startswith(start)), ("", 0))
         size = dict(self.args).get(name, default)
         needed = size if isinstance(size, tuple) else (size, size)
-        side = self.preprocess.crop or self.preprocess.size
-        given = (side, side) if side else (height, width)
+        given = self.preprocess.sized(height, width)
         if name and given != needed:
             raise ValueError(
                 f"{self.arch} takes images of {needed[1]}x{needed[0]} alone, and is given {given[1]}x{given[0]}; write "

@@ -1,7 +1,5 @@
 """Diffusion models of guided-diffusion (ADM) and improved-diffusion, from their own files of weights."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -14,9 +12,9 @@ from robustbench_diffaug.diffusion.adm_mapping import PUBLISHED, Flags, Told, ma
 from robustbench_diffaug.diffusion.base import ConditionalDenoise, Denoise, Denoiser, Posterior, Sigma
 from robustbench_diffaug.diffusion.unet import as_conditional, as_denoise
 from robustbench_diffaug.files import Weights
-from robustbench_diffaug.weight_files import examine
+from robustbench_diffaug.state import read_state
 
-__all__ = ["Adm", "read_state"]
+__all__ = ["Adm"]
 
 
 class Adm(Denoiser):
@@ -94,7 +92,7 @@ class Adm(Denoiser):
         Raises:
             ValueError: If it is missing, has another digest, or is no file of weights.
         """
-        _checked(self.weights)
+        self.weights.check()
 
     def load(self, device: torch.device) -> Denoise:
         """The network in evaluation mode.
@@ -134,7 +132,10 @@ class Adm(Denoiser):
         return f"the adm denoiser {self.architecture or self.weights.uri}"
 
     def _network(self, flags: Flags, device: torch.device) -> nn.Module:
-        state = read_state(self.weights)
+        state = read_state(self.weights).tensors
+        whole = [name for name, value in state.items() if not value.is_floating_point()]
+        if whole:
+            raise ValueError(f"{self.weights.uri} holds whole numbers under {whole[0][:80]!r}, and needed are weights")
         with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced
             network = unet(flags)
         try:
@@ -144,51 +145,3 @@ class Adm(Denoiser):
         # The tensors of the file become the network's own, so that its weights are in memory once.
         network.load_state_dict({name: value.to(device, torch.float32) for name, value in found.items()}, assign=True)
         return Told(network, flags)
-
-
-def read_state(weights: Weights) -> Mapping[str, Tensor]:
-    """The tensors by name in a safetensors file or one of torch.save, of which no code is run.
-
-    Raises:
-        ValueError: If the file is missing, has another digest, is damaged, or holds anything else than tensors by name.
-    """
-    path, pickled = _checked(weights)
-    if pickled:
-        found = _unpickled(path, weights.uri)
-    else:
-        from safetensors.torch import load_file
-
-        found = load_file(path)
-    if not isinstance(found, Mapping) or not found:
-        raise ValueError(f"{weights.uri} holds a {type(found).__name__}; needed are tensors by name")
-    for name, value in found.items():
-        if not (isinstance(name, str) and _plain(value)):
-            raise ValueError(
-                f"{weights.uri} holds, under {str(name)[:80]!r}, a {type(value).__name__}; needed are plain tensors of "
-                "numbers by name, as the published files hold"
-            )
-    return found
-
-
-def _checked(weights: Weights) -> tuple[Path, bool]:
-    """The path of a file of weights with the right digest, and whether it is one of torch.save."""
-    path = weights.check()
-    return path, examine(path, weights.uri).form == "torch"
-
-
-def _unpickled(path: Path, uri: str) -> object:
-    """What torch's unpickler of plain values makes of a file; it calls nothing that the file names."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch's loader finds that the look at the file did not
-        reason = str(error).strip().partition("\n")[0][:160]
-        raise ValueError(f"{uri} is damaged, or no file of weights ({type(error).__name__}: {reason})") from error
-
-
-def _plain(value: object) -> bool:
-    """Whether a value is a dense tensor of floats, all of them in the file: no shape claims memory beyond that."""
-    if not (isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter)):
-        return False
-    if value.layout is not torch.strided or not value.is_floating_point() or value.device.type != "cpu":
-        return False
-    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()

@@ -5,14 +5,14 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustbench_diffaug import builders
 from robustbench_diffaug.batch import fixed_shape
 from robustbench_diffaug.component import Options
-from robustbench_diffaug.diffusion.adm import read_state
 from robustbench_diffaug.diffusion.base import Denoise, Denoiser, Posterior, Schedule, Sigma
 from robustbench_diffaug.files import Weights
+from robustbench_diffaug.state import load_state
 
 __all__ = ["Edm"]
 
@@ -27,7 +27,7 @@ class Edm(Denoiser):
     Arguments:
         arch: 'file.py:function', the file relative to the suite's, or 'package.module:function', importable.
         args: Its keyword arguments.
-        weights: The file, of tensors by the network's own names; left out, the network is taken as it is returned.
+        weights: The file, found and repaired as that of a checkpoint is; left out, the network is taken as returned.
         schedule: The noise levels of discrete times; the network itself takes any.
 
     References:
@@ -70,7 +70,7 @@ class Edm(Denoiser):
         exact = torch.float64 if self.precision == "float64" else torch.float32
         network = builders.build(self.arch, dict(self.args))
         if self.weights:
-            _fill(network, self.weights)
+            load_state(network, self.weights)
         network = network.eval().requires_grad_(False).to(device, dtype)
 
         def call(rows: Tensor) -> Tensor:
@@ -96,20 +96,3 @@ class Edm(Denoiser):
             return Posterior(clean.reshape(noisy.shape).to(noisy.dtype))
 
         return denoise
-
-
-def _fill(network: nn.Module, weights: Weights) -> None:
-    """Puts the weights of a file into a network; every name and shape must fit."""
-    state, expected = read_state(weights), network.state_dict()
-    odd = [f"missing {name}" for name in sorted(expected.keys() - state.keys())]
-    odd += [f"unexpected {name[:80]}" for name in sorted(state.keys() - expected.keys())]
-    odd += [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    odd += [f"{name} is not finite" for name, value in state.items() if not bool(torch.isfinite(value).all())]
-    if odd:
-        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise ValueError(f"{weights.uri} does not fit the network: {'; '.join(odd[:3])}{more}")
-    network.load_state_dict(dict(state))

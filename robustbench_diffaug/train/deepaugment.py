@@ -13,9 +13,9 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from robustbench_diffaug import rng
-from robustbench_diffaug.checkpoints.state import load_state
 from robustbench_diffaug.component import Options, Value
 from robustbench_diffaug.files import Weights
+from robustbench_diffaug.state import load_state
 from robustbench_diffaug.train import distortions as change
 from robustbench_diffaug.train.image_networks import Distort, build_image_network
 

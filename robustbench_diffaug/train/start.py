@@ -7,9 +7,9 @@ import torch
 from pydantic import model_validator
 from torch import nn
 
-from robustbench_diffaug.checkpoints.state import load_state
 from robustbench_diffaug.component import Value
 from robustbench_diffaug.files import Digest, Location, Weights
+from robustbench_diffaug.state import load_state
 from robustbench_diffaug.weight_files import examine
 
 __all__ = ["Start", "begin"]

@@ -13,8 +13,8 @@ import robustbench_diffaug.torchvision_guard  # noqa: F401  (before torchvision)
 from robustbench_diffaug import rng, testing
 from robustbench_diffaug.batch import Limits
 from robustbench_diffaug.checkpoints import torchvision_model
-from robustbench_diffaug.checkpoints.notes import noting
 from robustbench_diffaug.checkpoints.torchvision_model import Torchvision, stated
+from robustbench_diffaug.notes import noting
 
 
 @pytest.fixture(scope="module")

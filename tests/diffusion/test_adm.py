@@ -289,11 +289,11 @@ def test_a_hostile_file_runs_nothing(tmp_path: Path, old: bool) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {"a": torch.ones(1)}, "step": 3}, "under 'model', a dict; needed are plain tensors"),
-        ({1: torch.ones(1)}, "under '1', a Tensor"),
-        (torch.ones(3), "holds a Tensor; needed are tensors by name"),
-        ({}, "holds a dict; needed are tensors by name"),
-        ({"a": torch.ones(2, dtype=torch.int64)}, "under 'a', a Tensor; needed are plain tensors"),
+        ({"model": {"a": torch.ones(1)}, "step": 3}, "does not fit config: a has no place in this architecture"),
+        ({1: torch.ones(1)}, "under '1', a tensor of shape (1,); needed are tensors by name"),
+        (torch.ones(3), "holds a tensor of shape (3,), not weights by name"),
+        ({}, "holds nothing; it has no weights by name"),
+        ({"a": torch.ones(2, dtype=torch.int64)}, "holds whole numbers under 'a', and needed are weights"),
         ({"a": torch.eye(2).to_sparse()}, "holds a sparse tensor"),
         ({"a": torch.empty(2, device="meta")}, "holds a tensor without numbers"),
         ({"a": torch.ones(1).expand(1_000_000, 1_000_000)}, "claims the shape"),  # one number that claims 4 TB

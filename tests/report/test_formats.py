@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 
 from robustbench_diffaug import cli, runs
-from robustbench_diffaug.data.synthetic import Mixture
 from robustbench_diffaug.report import formats, json_report, tables
 from robustbench_diffaug.report import published as publications
 from robustbench_diffaug.report.wide import wide
-from robustbench_diffaug.suite import load
+from tests.small_runs import certified
 
 ALL = ("html", "csv", "md", "latex", "json")
 IDS = ("<script>alert(1)</script>|`x`", "=cmd()+diffaug", "\u202eevil😀", "=cmd()")
@@ -97,31 +95,10 @@ def test_json_has_the_numbers_of_metrics_csv(metrics: pd.DataFrame, manifest: di
             assert record["headlines"][name]["rank"] == row[f"{name}_rank"]
 
 
-SUITE = {
-    "name": "small",
-    "checkpoints": [
-        {"kind": "mixture", "id": "bayes", "classes": 4, "temperature": 0.0016},
-        {"kind": "mixture", "id": "bayes+diffaug", "classes": 4, "temperature": 0.0016, "tilt": 120},
-    ],
-    "benches": [
-        {
-            "name": "certify",
-            "evaluator": {"kind": "smoothing", "sigmas": [0.25, 0.5], "n0": 8, "n": 40, "radii": [0, 0.5]},
-            "datasets": [{"kind": "arrays", "name": "a", "file": "a.npz"}],
-        },
-    ],
-}
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder."""
-    folder = tmp_path_factory.mktemp("made")
-    images, labels = Mixture(size=6).opened().read(range(6))
-    np.savez(folder / "a.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
-    (folder / "small.yaml").write_text(yaml.safe_dump(SUITE, sort_keys=False))
-    assert not runs.execute(load(str(folder / "small.yaml")), runs.Options(folder / "run")).failures
-    return folder / "run"
+    return certified(tmp_path_factory.mktemp("made"), 6, "bayes+diffaug", (0, 0.5))
 
 
 def command(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:

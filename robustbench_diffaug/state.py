@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from robustbench_diffaug.checkpoints.notes import note
 from robustbench_diffaug.component import suggest
 from robustbench_diffaug.files import Weights
+from robustbench_diffaug.notes import note
 from robustbench_diffaug.pickles import Stored, Thing
 from robustbench_diffaug.weight_files import examine
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from robustbench_diffaug.checkpoints.notes import noting
-from robustbench_diffaug.checkpoints.state import PREFIXES, State, fit_state, load_state, read_state, shapes
 from robustbench_diffaug.files import Weights
+from robustbench_diffaug.notes import noting
 from robustbench_diffaug.pickles import ALLOWED
+from robustbench_diffaug.state import PREFIXES, State, fit_state, load_state, read_state, shapes
 
 
 def network() -> nn.Module:

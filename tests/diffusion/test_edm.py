@@ -106,7 +106,10 @@ def test_what_does_not_fit_is_one_line(file: Path) -> None:
         ({}, "holds nothing; it has no weights by name"),
         ({"skale": torch.zeros(1)}, "does not fit the network: missing scale; unexpected skale"),
         ({"scale": torch.zeros(2)}, r"does not fit the network: scale is \(2,\), not \(1,\)"),
-        ({"scale": torch.full((1,), float("nan"))}, "does not fit the network: scale holds numbers that are not finite"),
+        (
+            {"scale": torch.full((1,), float("nan"))},
+            "does not fit the network: scale holds numbers that are not finite",
+        ),
     ):
         save_file(state, file.parent / "bad.safetensors")
         with pytest.raises(ValueError, match=said):

@@ -120,7 +120,7 @@ def settle(device: str, threads: int | None = None) -> None:
     if threads:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Kernels of bfloat16 multiply the padding of a block by 0 unread; filled with NaN, as this would be, it spreads.
+    # oneDNN's kernels of bfloat16 multiply padding by 0 unread; filled with NaN, as this would be, it spreads.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False

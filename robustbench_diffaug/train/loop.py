@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,9 +190,10 @@ def _update(run: Run, number: int, samples: Samples, state: Path) -> dict[str, f
     run.schedule.step_update(number)
     run.optimiser.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
-    with rng.seeded(rng.key("step", recipe.seed, number, run.place.rank)):
+    device = samples.images.device.type
+    with rng.seeded(rng.key("step", recipe.seed, number, run.place.rank)), _kernels(recipe, device):
         for index, part in enumerate(_parts(samples, recipe.accumulate)):
-            with _local(run, last=index == recipe.accumulate - 1), _precision(recipe, samples.images.device.type):
+            with _local(run, last=index == recipe.accumulate - 1), _precision(recipe, device):
                 terms = run.loss(run.forward, part)
                 total = torch.stack(list(terms.losses.values())).sum() / recipe.accumulate
             total.backward()
@@ -232,6 +233,23 @@ def _local(run: Run, last: bool) -> AbstractContextManager[None]:
 
 def _precision(recipe: Recipe, device: str) -> AbstractContextManager[None]:
     return torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+
+
+@contextmanager
+def _kernels(recipe: Recipe, device: str) -> Iterator[None]:
+    """Those of torch itself, for bfloat16 on a CPU.
+
+    oneDNN's multiply what lies unset behind a row by 0, which is NaN at times ("[CPU][AMX] brg_matmul bf16 kernel leaks
+    NaN/garbage data", 2026, https://github.com/uxlfoundation/oneDNN/issues/5717).
+    """
+    onednn: Any = torch.backends.mkldnn  # its stub has the property's class for its value
+    before = onednn.enabled
+    if device == "cpu" and recipe.precision == "bfloat16":
+        onednn.enabled = False  # its `flags` warn of hardware that is not there
+    try:
+        yield
+    finally:
+        onednn.enabled = before
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import betaincinv, ndtri
 
-from robustbench_diffaug import paired
+from robustbench_diffaug import paired, shares
 from robustbench_diffaug.component import suggest
 from robustbench_diffaug.engine import cells, reason
 from robustbench_diffaug.files import apart, sha256
@@ -59,10 +59,10 @@ def compare(roots: Sequence[Path], a: str, b: str, pattern: str = "*", trust: bo
         trust: Whether the locks may name code of the user's.
 
     Raises:
-        ValueError: If there is no such run, checkpoint or metric; or two runs are not of the same samples, protocol and
-            seed, the field that differs being named; or records are damaged.
+        ValueError: If there is no such run, checkpoint or metric; or a run is a share that lacks samples; or two runs
+            are not of the same samples, protocol and seed, the field that differs being named; or records are damaged.
     """
-    one, other = _sides([open_run(root, trust=trust) for root in roots], a, b)
+    one, other = _sides([shares.whole(open_run(root, trust=trust)) for root in roots], a, b)
     if one.run.root.resolve() == other.run.root.resolve() and one.id == other.id:
         raise ValueError(f"--a and --b are both {a}; give two checkpoints, or the same of two runs")
     rows: list[dict[str, Any]] = []

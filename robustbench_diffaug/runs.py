@@ -327,9 +327,7 @@ def report(
         ValueError: If the folder is no run's, or a setting would need forwards, or the output is not free, or the run
             has nothing of a layout.
     """
-    found = open_run(root, trust=trust, settings=settings)
-    if partial := shares.partial(found.manifest, lacking(found.bare, found.archive)):
-        raise ValueError(f"{root} has no figures yet: {partial}")
+    found = shares.whole(open_run(root, trust=trust, settings=settings))
     if output is None and (settings or layouts or set(formats) != set(FORMATS)):
         with_ = "--layout" if layouts else "--set or --format"
         raise ValueError(f"a report with {with_} is not the run's own; say where it goes with --output")

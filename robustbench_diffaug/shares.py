@@ -8,10 +8,11 @@ from math import inf, nan
 from pathlib import Path
 from typing import Any
 
-from robustbench_diffaug.recorded import listed
+from robustbench_diffaug.engine import lacking
+from robustbench_diffaug.recorded import Recorded, listed
 from robustbench_diffaug.shards import WHOLE, Shard
 
-__all__ = ["earlier", "of_shard", "partial", "retold", "runs_of", "several", "standing", "united"]
+__all__ = ["earlier", "of_shard", "partial", "retold", "runs_of", "several", "standing", "united", "whole"]
 
 OWN = ("rdiff", "device", "hardware", "compile", "threads", "workers", "trusted", "started", "finished")
 """What a manifest says of a run, and not of what was run."""
@@ -105,6 +106,17 @@ def partial(manifest: Mapping[str, Any], missing: Collection[tuple[str, str, str
     here = ", ".join(map(str, sorted(shards, key=lambda shard: (shard.count, shard.index))))
     where = " / ".join(left[0])
     return f"{count}, first {where}; here is shard {here}: rdiff merge adds others, rdiff run makes the rest"
+
+
+def whole(run: Recorded) -> Recorded:
+    """The run, which has figures.
+
+    Raises:
+        ValueError: If it is one of several shares, and samples of the others are not there.
+    """
+    if said := partial(run.manifest, lacking(run.bare, run.archive)):
+        raise ValueError(f"{run.root} has no figures yet: {said}")
+    return run
 
 
 def _told(run: Mapping[str, Any]) -> list[Shard]:

@@ -89,7 +89,9 @@ def test_the_plan_of_a_share_counts_what_the_share_does(suite: Path, rdiff: Shel
     said = "2 cells lack samples, first certify / a / m; here is shard 1/2: rdiff merge adds others, rdiff run makes"
     assert out.startswith(said)
     assert {path: path.read_bytes() for path in Path("reports").rglob("*") if path.is_file()} == before
-    assert rdiff("report", "reports/tiny")[0::2] == (2, f"rdiff: reports/tiny has no figures yet: {said} the rest\n")
+    refused = (2, f"rdiff: reports/tiny has no figures yet: {said} the rest\n")
+    assert rdiff("report", "reports/tiny")[0::2] == refused
+    assert rdiff("compare", "reports/tiny", "--a", "a", "--b", "b")[0::2] == refused
     code, out, err = rdiff("verify", "reports/tiny")
     assert (code, err) == (0, "")
     assert f"not checked  figures       there are none yet: {said} the rest" in out.splitlines()

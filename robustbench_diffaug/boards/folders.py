@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from robustbench_diffaug import shares
-from robustbench_diffaug.engine import lacking
 from robustbench_diffaug.files import sha256
 from robustbench_diffaug.recorded import LOCK, Recorded, manifest_of, open_run
 from robustbench_diffaug.summary import COLUMNS
@@ -111,9 +110,7 @@ def _open(root: Path, settings: Sequence[str], trust: bool) -> Folder:
         raise ValueError(f"there is no folder {root}; give the folder of a run, such as reports/quickstart")
     manifest, run = manifest_of(root), None
     if "imported" not in manifest or (root / LOCK).exists():
-        run = open_run(root, trust=trust, settings=settings)
-        if partial := shares.partial(run.manifest, lacking(run.bare, run.archive)):
-            raise ValueError(f"{root} has no figures yet: {partial}")
+        run = shares.whole(open_run(root, trust=trust, settings=settings))
     whole = listing(root)
     if whole.state != "ok":
         said = whole.details[0] if whole.details else whole.said

@@ -47,9 +47,11 @@ def slack(runs: int) -> float:
     return 2.6 * sqrt(0.93 * 0.07 / runs)
 
 
-@pytest.mark.parametrize(
-    ("images", "share"), [(50, 0.001), (50, 0.02), (50, 0.3), (500, 0.002), (500, 0.03), (500, 0.5), (500, 0.999)]
-)
+FEW = [(50, 0.001), (50, 0.02), (50, 0.3), (500, 0.002), (500, 0.03), (500, 0.5), (500, 0.999)]
+MANY = [(5000, 0.001), (5000, 0.003), (5000, 0.3), (5000, 0.999)]
+
+
+@pytest.mark.parametrize(("images", "share"), FEW + MANY)
 def test_coverage_of_means_over_versions_of_images(images: int, share: float, full: bool) -> None:
     runs = 1000 if full else 100
     found = []
@@ -61,7 +63,7 @@ def test_coverage_of_means_over_versions_of_images(images: int, share: float, fu
     assert held(found, share) >= 0.93 - slack(runs)
 
 
-@pytest.mark.parametrize("images", [50, 500])
+@pytest.mark.parametrize("images", [50, 500, 5000])
 @pytest.mark.parametrize("area", [0.5, 0.9, 0.99, 0.999, 0.9999])
 @pytest.mark.parametrize("tail", ["normal", "exponential"])
 def test_coverage_of_areas(images: int, area: float, tail: str, full: bool) -> None:

@@ -1,7 +1,8 @@
 """The tables of the DiffAug paper, filled with what a run has measured."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum, isfinite, nan
 from typing import Any, NamedTuple, TypeAlias
@@ -71,7 +72,7 @@ class _Figures:
 
     def __init__(self, metrics: pd.DataFrame, manifest: Mapping[str, Any]) -> None:
         self.metrics = metrics
-        self.keys = list(dict.fromkeys(zip(metrics["bench"], metrics["metric"], strict=True)))
+        self.keys: list[tuple[str, str]] = list(dict.fromkeys(zip(metrics["bench"], metrics["metric"], strict=True)))
         groups = metrics.groupby(["bench", "metric"])["group"].nunique(dropna=False)
         self.single = {key for key in self.keys if groups[key] == 1}
         self.severities: dict[str, set[int]] = {}
@@ -83,9 +84,18 @@ class _Figures:
                 self.severities.setdefault(bench, set()).add(int(entry["severity"]))
                 self.corruptions.setdefault(bench, set()).add(str(entry.get("group")))
 
+    def prefer(self, columns: Sequence[Column], modes: Iterable[str]) -> None:
+        """Benches that fill more of these columns come first: columns of one bench are of the same images."""
+        among = [{key[0] for key in self._having(column, mode)} for column in columns for mode in modes]
+        filled = Counter(bench for benches in among for bench in benches)
+        self.keys.sort(key=lambda key: -filled[key[0]])
+
+    def _having(self, column: Column, mode: str) -> list[tuple[str, str]]:
+        return [key for key in self.keys if key in self.single and self._is(column, mode, *key)]
+
     def find(self, column: Column, mode: str) -> _Found | None:
         """The first bench and metric that a column can be filled from, its rows having a mode."""
-        found = [key for key in self.keys if key in self.single and self._is(column, mode, *key)]
+        found = self._having(column, mode)
         if not found:
             return None
         bench, metric = found[0]
@@ -120,6 +130,7 @@ def filled(name: str, metrics: pd.DataFrame, manifest: Mapping[str, Any], publis
     layout, figures = LAYOUTS[name], _Figures(metrics, manifest)
     plain = [column for column in layout.columns if isinstance(column, Column)]
     modes = dict.fromkeys(("", layout.mode))
+    figures.prefer(plain, modes)
     taken = {(column.key, mode): found for mode in modes for column in plain if (found := figures.find(column, mode))}
     own = {c.key: f for c in layout.columns if isinstance(c, Average) and (f := _own(figures, c))}
     if not taken:

@@ -114,6 +114,15 @@ def test_modes_of_different_images_have_no_average(shift: tuple[list[dict[str, o
     assert "of bench adaptation (n = 32, 15 corruptions)" in said(found)
 
 
+def test_the_bench_that_fills_most_of_a_table_fills_it(shift: tuple[list[dict[str, object]], Manifest]) -> None:
+    """Of two benches the later one has all modes, so that its columns are of the same images."""
+    large = [r | {"n": 5000, "value": 0.9} for r in shift[0] if "dda" not in str(r["metric"])]
+    rows = large + [r | {"bench": "adaptation", "n": 32} for r in shift[0]]
+    found = fill("diffaug-table1", rows, {"datasets": [*corrupted("shift"), *corrupted("adaptation")]})
+    assert texts(found)["a"]["C: Default (%)"] == "13.9" and texts(found)["a"]["C: Avg (%)"] == "12.0"
+    assert "those of shift" in said(found)
+
+
 def test_a_mean_over_severities_is_not_that_of_severity_5(shift: tuple[list[dict[str, object]], Manifest]) -> None:
     manifest = {"datasets": corrupted("shift", (1, 3, 5))}
     more = [figure("shift", "a", "accuracy/mean@s5", 0.77)]

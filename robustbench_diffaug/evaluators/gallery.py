@@ -49,7 +49,7 @@ class Gallery(Evaluator):
         shown: The most samples of a dataset that pictures show.
 
     References:
-        DiffAug: Improving Robustness with Diffusion Denoised Augmentations (Sastry et al., NeurIPS 2024),
+        DiffAug: A Diffuse-and-Denoise Augmentation for Training Robust Classifiers (Sastry et al., NeurIPS 2024),
         https://arxiv.org/abs/2306.09192
         Back to the Source: Diffusion-Driven Test-Time Adaptation (Gao et al., CVPR 2023),
         https://arxiv.org/abs/2207.03442

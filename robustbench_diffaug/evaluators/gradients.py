@@ -56,7 +56,7 @@ class Gradients(Evaluator):
         gains: Checkpoints and the one each is compared with, as `resnet+diffaug: resnet`, over the same images.
 
     References:
-        DiffAug: Improving Robustness with Diffusion Denoised Augmentations (Sastry et al., NeurIPS 2024),
+        DiffAug: A Diffuse-and-Denoise Augmentation for Training Robust Classifiers (Sastry et al., NeurIPS 2024),
             https://arxiv.org/abs/2306.09192
         Are Perceptually-Aligned Gradients a General Property of Robust Classifiers? (Kaur, Cohen and Lipton, 2019),
             https://arxiv.org/abs/1910.08640

@@ -41,8 +41,8 @@ class Noise(Evaluator):
         bins: Of the expected calibration error.
 
     References:
-        DiffAug: Improving Robustness with Diffusion Denoised Augmentations (Sastry et al., NeurIPS 2024), figures 2 and
-        19, table 4, https://arxiv.org/abs/2306.09192
+        DiffAug: A Diffuse-and-Denoise Augmentation for Training Robust Classifiers (Sastry et al., NeurIPS 2024),
+        figures 2 and 19, table 4, https://arxiv.org/abs/2306.09192
     """
 
     kind: Literal["noise"] = "noise"

@@ -30,7 +30,7 @@ class DiffAug(Value):
         mixing: The paper's lambda, the share of the class-conditional score: D = (1 - lambda) D(x) + lambda D(x | y).
 
     References:
-        DiffAug: Improving Robustness with Diffusion Denoised Augmentations (Sastry et al., NeurIPS 2024),
+        DiffAug: A Diffuse-and-Denoise Augmentation for Training Robust Classifiers (Sastry et al., NeurIPS 2024),
         https://arxiv.org/abs/2306.09192
         DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps (Lu et al., 2022),
         https://arxiv.org/abs/2206.00927

@@ -199,8 +199,8 @@ class GuidanceRecipe(Recipe):
             joins the two images is not known; here they are planes of one input, and the time one more.
 
     References:
-        DiffAug: Improving Robustness with Diffusion Denoised Augmentations (Sastry et al., NeurIPS 2024), Table 4,
-        https://arxiv.org/abs/2306.09192
+        DiffAug: A Diffuse-and-Denoise Augmentation for Training Robust Classifiers (Sastry et al., NeurIPS 2024),
+        Table 4, https://arxiv.org/abs/2306.09192
         Diffusion Models Beat GANs on Image Synthesis (Dhariwal and Nichol, 2021), https://arxiv.org/abs/2105.05233
     """
 

@@ -1,5 +1,6 @@
 """Two checkpoints in every figure that both have: differences, tests, effect sizes, and how many images would tell."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import ceil, inf, isfinite, nan, sqrt
@@ -155,7 +156,7 @@ def _bench(
     mine, theirs = _figures(one, bench), _figures(other, twin)
     keys = [key for key in mine.index if key in theirs.index]
     names += [metric for metric, _ in keys if metric not in names]
-    keys = [key for key in keys if fnmatchcase(key[0], pattern)]
+    keys = list(_once([key for key in keys if fnmatchcase(key[0], pattern)], mine, theirs))
     if not keys:
         return
     records = _records(one, bench), _records(other, twin)
@@ -172,6 +173,17 @@ def _bench(
             yield about | {"a_value": values[0], "b_value": values[1], "difference": values[0] - values[1]}
         else:
             yield about | _told(found)
+
+
+def _once(keys: Sequence[Key], *tables: pd.DataFrame) -> Iterator[Key]:
+    """The figures without those of a severity that is the only one: they stand there as those over severities."""
+    places = [(metric.partition("@s")[0], group) for metric, group in keys]
+    shown, severities = set(keys), Counter(place for place, key in zip(places, keys, strict=True) if place != key)
+    values = [dict(zip(table.index, table["value"].to_numpy(), strict=True)) for table in tables]
+    for key, over in zip(keys, places, strict=True):
+        lone = key != over and over in shown and severities[over] == 1
+        if not (lone and all(value[over] == value[key] for value in values)):
+            yield key
 
 
 def _told(found: PairTest) -> dict[str, Any]:

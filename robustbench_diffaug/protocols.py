@@ -46,12 +46,16 @@ class Difference(NamedTuple):
 
     def said(self, one: Path, other: Path) -> str:
         """In which run folder it is what."""
-        return f"{self.place} is {_short(self.one)} in {one} and {_short(self.other)} in {other}"
+        mine, theirs = ("nothing" if value is None else str(value) for value in (self.one, self.other))
+        alike = next((n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), 0)
+        return f"{self.place} is {_short(mine, alike)} in {one} and {_short(theirs, alike)} in {other}"
 
 
-def _short(value: object) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _short(text: str, alike: int) -> str:
+    """At most 60 characters of a text: its first ones, or where those begin that the other text does not have."""
+    cut = len(text) > 60 and alike > 40
+    shown = f"...{text[alike - 20 :]}" if cut else text
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def benches(one: Measured, other: Measured) -> Iterator[Difference]:

@@ -14,6 +14,7 @@ import pytest
 from robustbench_diffaug import runs
 from robustbench_diffaug.boards import board
 from robustbench_diffaug.folder import put
+from robustbench_diffaug.protocols import Difference
 from robustbench_diffaug.report import tables
 from robustbench_diffaug.verify import whole
 from tests.board_runs import EXACT, Edit, changed, metrics_of, refreshed, refused, said_of
@@ -155,6 +156,14 @@ def test_records_that_do_not_agree_are_refused_or_told_apart(roots: Path) -> Non
     board.report([roots / "alice", roots / "both"], roots / "out", separate=True, formats=["csv"])
     ids = set(metrics_of(roots / "out").index.get_level_values("checkpoint"))
     assert ids == {"bayes@alice", "bayes@both", "tilted"}
+
+
+def test_of_long_values_what_differs_is_shown() -> None:
+    names = [f"set-{number}" for number in range(20)]
+    said = Difference("datasets", names, [*names[:12], "other", *names[12:]]).said(Path("a"), Path("b"))
+    assert said.startswith("datasets is ...") and len(said) < 160
+    mine, theirs = said.split(" in a and ")
+    assert "'set-12'" in mine and "'other'" in theirs and "'set-11'" in mine and "'set-11'" in theirs
 
 
 def test_last_digits_of_another_device_are_said(roots: Path) -> None:

@@ -95,6 +95,19 @@ def test_a_pattern_chooses_metrics_and_the_family(made: Path) -> None:
     np.testing.assert_allclose(found["p_holm"], holm(found["p"].to_numpy()))
 
 
+def test_a_figure_of_the_only_severity_is_there_once(tmp_path: Path) -> None:
+    data = suite("lone", {"bayes": 0, "tilted": 120})
+    data["benches"] = data["benches"][:1]
+    data["benches"][0]["datasets"][1] |= {"severities": [5], "corruptions": ["contrast", "pixelate"]}
+    (tmp_path / "lone.yaml").write_text(yaml.safe_dump(data))
+    assert not runs.execute(load(str(tmp_path / "lone.yaml")), runs.Options(tmp_path / "lone")).failures
+    found = list(compare([tmp_path / "lone"], "bayes", "tilted", "accuracy/*").table["metric"])
+    assert {"accuracy/contrast", "accuracy/pixelate", "accuracy/mean"} <= set(found)
+    assert not [metric for metric in found if "@s" in metric]
+    asked = compare([tmp_path / "lone"], "bayes", "tilted", "accuracy/contrast@s?").table
+    assert list(asked["metric"]) == ["accuracy/contrast@s5"]
+
+
 def test_two_runs_of_the_same_images(made: Path) -> None:
     found = compare([made / "one", made / "two"], "tilted", HOSTILE)
     assert (found.a[0], found.b[0]) == ("tilted", HOSTILE) and found.a[1].endswith("one") and found.b[1].endswith("two")

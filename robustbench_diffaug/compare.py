@@ -1,5 +1,6 @@
 """Two checkpoints in every figure that both have: differences, tests, effect sizes, and how many images would tell."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -177,7 +178,7 @@ def _bench(
 
 def _once(keys: Sequence[Key], *tables: pd.DataFrame) -> Iterator[Key]:
     """The figures without those of a severity that is the only one: they stand there as those over severities."""
-    places = [(metric.partition("@s")[0], group) for metric, group in keys]
+    places = [(re.sub(r"@s\d+$", "", metric), group) for metric, group in keys]
     shown, severities = set(keys), Counter(place for place, key in zip(places, keys, strict=True) if place != key)
     values = [dict(zip(table.index, table["value"].to_numpy(), strict=True)) for table in tables]
     for key, over in zip(keys, places, strict=True):

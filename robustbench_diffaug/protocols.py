@@ -47,7 +47,8 @@ class Difference(NamedTuple):
     def said(self, one: Path, other: Path) -> str:
         """In which run folder it is what."""
         mine, theirs = ("nothing" if value is None else str(value) for value in (self.one, self.other))
-        alike = next((n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), 0)
+        pairs = enumerate(zip(mine, theirs, strict=False))
+        alike = next((at for at, (first, second) in pairs if first != second), min(len(mine), len(theirs)))
         return f"{self.place} is {_short(mine, alike)} in {one} and {_short(theirs, alike)} in {other}"
 
 

@@ -28,7 +28,7 @@ References:
 """
 
 from collections.abc import Callable
-from math import floor, inf, nan, sqrt
+from math import floor, inf, nan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -184,12 +184,6 @@ def _within_unit(value: float, low: float, high: float, n: int, level: float) ->
     return value - share * value, value + share * (1 - value)
 
 
-def _wilson(share: float, n: float, z: float) -> tuple[float, float]:
-    """Wilson's limits of a share of n."""
-    centre, half = share + z**2 / (2 * n), z * sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    return (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
-
-
 def mean(values: Rows, key: int, level: float = LEVEL, resamples: int = 2000, bounded: bool = False) -> Estimate:
     """The mean of independent rows, with a bootstrap interval: `clustered_mean` where each row is its own cluster."""
     return clustered_mean(values, None, key, level, resamples, bounded)
@@ -224,12 +218,14 @@ def clustered_mean(
         squares = (sums - value * sizes) ** 2
         total, fourth = float(squares.sum()), float(squares @ squares)
         if high - low > 1e-12 and total**2 < FEW * fourth and count * min(value, 1 - value) < FEW:
-            z = float(ndtri((1 + level) / 2))
+            from statsmodels.stats.proportion import proportion_confint  # heavy: a second
+
+            tail = (1 + level) / 2
             variance = total / sizes.sum() ** 2 * count / (count - 1)
-            wide = float(stdtrit(total**2 / fourth, (1 + level) / 2))
-            worth = min(value * (1 - value) / variance, len(found)) * (z / wide) ** 2
-            least, most = _wilson(value, float(max(count, worth)), z)
-            low, high = min(low, least), max(high, most)
+            narrower = (ndtri(tail) / stdtrit(total**2 / fourth, tail)) ** 2
+            worth = max(count, min(value * (1 - value) / variance, len(found)) * narrower)
+            least, most = proportion_confint(value * worth, worth, alpha=1 - level, method="wilson")
+            low, high = min(low, float(least)), max(high, float(most))
         low, high = _within_unit(value, low, high, count, level)
     elif high - low <= 1e-12 * np.abs(found).max():
         low, high = -inf, inf

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from glob import escape
 from importlib.resources import files
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -30,6 +31,7 @@ __all__ = [
     "locate",
     "path_of",
     "sha256",
+    "sweep",
 ]
 
 BUNDLED = "rdiff:"
@@ -126,6 +128,12 @@ def atomic(path: Path) -> Iterator[IO[Any]]:
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise
+
+
+def sweep(path: Path) -> None:
+    """Removes what `atomic` left of a file when its process was killed; nobody else may be writing it."""
+    for left in path.parent.glob(f"{escape(f'.{path.name[:40]}.')}*.part"):
+        left.unlink(missing_ok=True)
 
 
 def apart(root: Path, output: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_diffaug import rng
-from robustbench_diffaug.files import atomic
+from robustbench_diffaug.files import atomic, sweep
 from robustbench_diffaug.train.losses import Loss, Terms, loss_of
 from robustbench_diffaug.train.networks import network_of
 from robustbench_diffaug.train.optimiser import build_optimiser, build_schedule
@@ -77,6 +77,8 @@ def train(recipe: Recipe, state: Path, device: str = "cpu", place: Place | None 
         shares = f"{place.world} processes" + (f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else "")
         raise ValueError(f"a batch of {recipe.batch} cannot be shared by {shares}; needed is a multiple of both")
     run = _begin(recipe, device, place, start=not state.exists())
+    if place.rank == 0:
+        sweep(state)
     before = _resume(state, run) if state.exists() else 0
     numbers = range(before + 1, recipe.steps + 1)  # first in the zip: the last step asks for no samples after it
     for number, samples in zip(numbers, _samples(recipe, before + 1, place, device), strict=False):
